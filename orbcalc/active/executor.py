@@ -1,0 +1,224 @@
+"""Where tasks run: the only module that knows Dask.
+
+Two kinds of task go to two kinds of workers. *label* tasks run in processes that never load
+torch, one thread each; *model* tasks (training, prediction, MD) in others, with a GPU where there
+is one. Workers offer the resources ``LABEL`` and ``MODEL``; a cluster whose workers offer neither
+is used without distinction.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
+from distributed.client import Future
+
+from orbcalc.config import DaskConfig
+from orbcalc.errors import ConfigError
+
+__all__ = ["Executor", "TaskKind", "open_executor"]
+
+logger = logging.getLogger(__name__)
+
+TaskKind = Literal["label", "model"]
+Item = TypeVar("Item")
+
+_RESOURCES: dict[TaskKind, str] = {"label": "LABEL", "model": "MODEL"}
+
+
+class Executor:
+    """Run functions on the workers of a Dask client.
+
+    Parameters
+    ----------
+    client
+        Of any cluster.
+    retries
+        How often a task whose worker died is tried again.
+    """
+
+    def __init__(self, client: Client, *, retries: int = 2) -> None:
+        self.client = client
+        self.retries = retries
+
+    def map(
+        self,
+        function: Callable[[Item], Any],
+        items: Iterable[Item],
+        kind: TaskKind,
+        *,
+        on_wait: Callable[[], None] | None = None,
+    ) -> Iterator[tuple[Item, Any]]:
+        """Run a function on every item and yield pairs as they finish, in any order.
+
+        Items are drawn only as workers become free, so a generator can still adapt them.
+
+        Parameters
+        ----------
+        function
+            Importable on the workers.
+        items
+            Arguments, one for each task.
+        kind
+            Of worker.
+        on_wait
+            Called again and again while nothing finishes.
+
+        Yields
+        ------
+        item, outcome
+            The outcome is the result, or the exception that the task ended with.
+        """
+        resources = self._resources(kind)
+        source = iter(items)
+        running: dict[Future, Item] = {}
+        completed = as_completed([], loop=self.client.loop)
+
+        def submit() -> bool:
+            for item in source:
+                future = self.client.submit(
+                    function, item, pure=False, retries=self.retries, resources=resources
+                )
+                running[future] = item
+                completed.add(future)
+                return True
+            return False
+
+        try:
+            for _ in range(2 * self.n_workers(kind)):
+                if not submit():
+                    break
+            while running:
+                future = _next(completed, on_wait)
+                item = running.pop(future)
+                submit()
+                yield item, _outcome(future)
+                future.release()
+        finally:
+            self.client.cancel(list(running))
+
+    def n_workers(self, kind: TaskKind) -> int:
+        """Return how many tasks of a kind can run at once, at least one."""
+        name = _RESOURCES[kind]
+        workers = self._workers()
+        offered = sum(int(worker["resources"].get(name, 0)) for worker in workers)
+        return max(offered or sum(worker["nthreads"] for worker in workers), 1)
+
+    def _resources(self, kind: TaskKind) -> dict[str, float]:
+        self.client.wait_for_workers(1)
+        name = _RESOURCES[kind]
+        if any(name in worker["resources"] for worker in self._workers()):
+            return {name: 1}
+        if any(worker["resources"] for worker in self._workers()):
+            logger.warning("no worker offers %s yet: its tasks wait for one", name)
+            return {name: 1}
+        return {}
+
+    def _workers(self) -> list[dict[str, Any]]:
+        return list(self.client.scheduler_info(n_workers=-1)["workers"].values())
+
+
+@contextmanager
+def open_executor(
+    config: DaskConfig, *, members: int = 1, client: Client | None = None
+) -> Iterator[Executor]:
+    """Open an executor on a client, on the scheduler of an address, or on a new LocalCluster.
+
+    Parameters
+    ----------
+    config
+        Address, or numbers of local workers.
+    members
+        Model tasks that may run at once.
+    client
+        Used as it is, and left open.
+
+    Raises
+    ------
+    ConfigError
+        If no scheduler answers at the address.
+    """
+    if client is not None:
+        yield Executor(client, retries=config.retries)
+        return
+    if config.address is not None:
+        try:
+            remote = Client(config.address, timeout=30, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no Dask scheduler answers at {config.address}: {error}") from error
+        with remote:
+            yield Executor(remote, retries=config.retries)
+        return
+    with (
+        _local_cluster(config, members) as cluster,
+        Client(cluster, set_as_default=False) as local,
+    ):
+        yield Executor(local, retries=config.retries)
+
+
+def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
+    """Start label workers and model workers on this machine.
+
+    Numeric libraries get one thread each (Dask's own default for Nanny processes), so that the
+    workers do not fight for cores.
+    """
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_label = config.label_workers or n_cores or 1
+    n_model = config.model_workers or min(members, n_cores or 1)
+    gpus = _gpu_names()
+    workers: dict[str, Any] = {}
+    for kind, count in (("label", n_label), ("model", n_model)):
+        for number in range(count):
+            env = {}
+            if kind == "model" and gpus:
+                env["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+            elif kind == "label":
+                env["CUDA_VISIBLE_DEVICES"] = ""
+            workers[f"{kind}-{number}"] = {
+                "cls": Nanny,
+                "options": {
+                    "nthreads": 1,
+                    "memory_limit": 0,
+                    "resources": {_RESOURCES[kind]: 1},  # type: ignore[index]
+                    "env": env,
+                    "host": "127.0.0.1",
+                    "dashboard": False,
+                    "silence_logs": logging.ERROR,
+                },
+            }
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False},
+    }
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)
+
+
+def _gpu_names() -> list[str]:
+    """Return the GPUs that CUDA would show, without loading torch here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    try:
+        return [str(n) for n in range(len(os.listdir("/proc/driver/nvidia/gpus")))]
+    except OSError:
+        return []
+
+
+def _next(completed: as_completed, on_wait: Callable[[], None] | None) -> Future:
+    while on_wait is not None and not completed.has_ready():
+        on_wait()
+        time.sleep(0.2)
+    future: Future = next(completed)
+    return future
+
+
+def _outcome(future: Future) -> Any:
+    try:
+        return future.result()
+    except Exception as error:  # a task may fail with anything; the caller decides
+        return error

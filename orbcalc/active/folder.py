@@ -1,0 +1,167 @@
+"""The run folder: what is in which file, and how each is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import ase.io
+from ase import Atoms
+
+from orbcalc.config import RunConfig, dump_config, load_config
+from orbcalc.errors import ConfigError
+from orbcalc.structures import read_structures, structure_key
+
+__all__ = ["RoundFiles", "RunFolder"]
+
+
+@dataclass(frozen=True)
+class RoundFiles:
+    """Files of one round; ``round.json`` is written last, so its presence completes the round."""
+
+    folder: Path
+
+    @property
+    def pool(self) -> Path:
+        """Structures that this round added to the pool."""
+        return self.folder / "pool.extxyz"
+
+    @property
+    def selection(self) -> Path:
+        """What was drawn and selected, with the predictions made before labelling."""
+        return self.folder / "selection.json"
+
+    @property
+    def train(self) -> Path:
+        """Configuration of the training, usable with `orbcalc train`."""
+        return self.folder / "train.yaml"
+
+    @property
+    def model(self) -> Path:
+        """Committee trained in this round."""
+        return self.folder / "model.orbcalc"
+
+    @property
+    def summary(self) -> Path:
+        """What the round came to."""
+        return self.folder / "round.json"
+
+
+class RunFolder:
+    """A folder with one run of the loop.
+
+    Parameters
+    ----------
+    path
+        Made if it is not there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.labels = self.path / "labels.db"
+        self.model = self.path / "model.orbcalc"
+        self.certificate = self.path / "certificate.json"
+        self.events = self.path / "events.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report.html"
+
+    def prepare(self, config: RunConfig) -> None:
+        """Make the folder, or check that it belongs to this configuration.
+
+        Raises
+        ------
+        ConfigError
+            If the folder holds a run of another configuration.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = dump_config(config)
+        if self.config_file.exists():
+            earlier = load_config(self.config_file, RunConfig)
+            if _outcome_relevant(earlier) != _outcome_relevant(config):
+                raise ConfigError(
+                    f"{self.path} holds a run of another configuration ({self.config_file}). "
+                    f"Choose another `output`, or go back to that configuration to resume it."
+                )
+        else:
+            write_text(self.config_file, text)
+
+    def round(self, number: int) -> RoundFiles:
+        """Return the files of a round."""
+        return RoundFiles(self.path / "rounds" / f"{number:03d}")
+
+    def pool(self, n_rounds: int) -> dict[str, Atoms]:
+        """Read the pool as it is in the first rounds, by structure key, in order of arrival."""
+        found: dict[str, Atoms] = {}
+        for number in range(n_rounds):
+            path = self.round(number).pool
+            if path.exists() and path.stat().st_size > 0:
+                for atoms in read_structures(path):
+                    found.setdefault(structure_key(atoms), atoms)
+        return found
+
+    def event(self, name: str, **details: Any) -> dict[str, Any]:
+        """Append a decision to ``events.jsonl``; returns it."""
+        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **details}
+        append_json(self.events, record)
+        return record
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of the run."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def append_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line in a single write, so that several writers do not mix."""
+    line = json.dumps(record) + "\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
+    """Write an extxyz file, whole or not at all."""
+    buffer = StringIO()
+    if structures:
+        ase.io.write(buffer, list(structures), format="extxyz")
+    write_text(path, buffer.getvalue())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a log; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in _lines(path):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _lines(path: Path) -> Iterable[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _outcome_relevant(config: RunConfig) -> dict[str, Any]:
+    """Return what decides the outcome: not where tasks run, nor when the run ends."""
+    return config.model_dump(mode="json", exclude={"dask", "stop", "output", "device"})

@@ -1,0 +1,219 @@
+"""Labels for many structures, through an executor into a store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ase import Atoms
+
+from orbcalc.active.executor import Executor, open_executor
+from orbcalc.config import DaskConfig, LabelConfig
+from orbcalc.errors import LabelError
+from orbcalc.labels.compute import label_kinds, label_provenance
+from orbcalc.labels.label import Kind, Label, LabelStatus
+from orbcalc.labels.process import WorkerProcess, label_structures
+from orbcalc.labels.reference import check_file_labels
+from orbcalc.labels.store import LabelStore
+from orbcalc.structures import check_structure, structure_key
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["LabelTask", "label", "label_chunk", "label_into_store", "worker_process"]
+
+logger = logging.getLogger(__name__)
+
+#: Structures of a task at most, so that little is lost when a worker dies.
+MAX_CHUNK = 64
+
+LabelTask = tuple[list[Atoms], LabelConfig, tuple[Kind, ...]]
+#: Receives the number of structures done, the number in all, and the labels just made.
+Progress = Callable[[int, int, Sequence[Label]], None]
+
+_local = threading.local()
+
+
+def label(
+    structures: Sequence[Atoms],
+    reference: LabelConfig | str | None = None,
+    *,
+    client: Client | None = None,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Atoms]:
+    """Label structures and return them with their labels.
+
+    Parameters
+    ----------
+    structures
+        Molecules and crystals; ``info["charge"]`` and ``info["spin"]`` are read.
+    reference
+        The configuration of the labels, or the name of the reference calculator alone
+        ("GFN2-xTB", "pyscf", "file", "package.module:Name").
+    client
+        Dask client whose workers compute; by default a LocalCluster for the time of the call.
+    store
+        Label store to add to (``.db`` or ``.aselmdb``); labels that are there are not computed
+        again. By default a temporary one.
+    progress
+        Called as labels arrive.
+
+    Returns
+    -------
+    list of Atoms
+        Copies, in the given order. What failed has no label; ``info["reference_status"]`` and
+        ``info["charges_status"]`` say how each ended.
+
+    Raises
+    ------
+    StructureError
+        If a structure cannot be computed at all.
+    LabelError
+        If labels cannot be made or stored.
+    """
+    config = reference if isinstance(reference, LabelConfig) else _config(reference)
+    for number, atoms in enumerate(structures):
+        check_structure(atoms, f"structure {number} ({atoms.get_chemical_formula()})")
+    folder = nullcontext(None) if store is not None else TemporaryDirectory()
+    with folder as path, open_executor(DaskConfig(model_workers=1), client=client) as executor:
+        labels = LabelStore(store if store is not None else Path(str(path)) / "labels.db")
+        label_into_store(executor, structures, config, labels, progress=progress)
+        keys = [structure_key(atoms) for atoms in structures]
+        labelled = {key: atoms for key, atoms in zip(keys, labels.labelled_atoms(keys), strict=True)}
+        result = [labelled[key].copy() for key in keys]
+        for key, atoms in zip(keys, result, strict=True):
+            for kind in label_kinds(config):
+                atoms.info[f"{kind}_status"] = str(labels.status(key, kind) or "missing")
+    return result
+
+
+def label_into_store(
+    executor: Executor,
+    structures: Sequence[Atoms],
+    config: LabelConfig,
+    store: LabelStore,
+    *,
+    kinds: tuple[Kind, ...] | None = None,
+    progress: Progress | None = None,
+    on_wait: Callable[[], None] | None = None,
+) -> Counter[str]:
+    """Compute the labels that a store does not have, and store each as it arrives.
+
+    Parameters
+    ----------
+    executor
+        Its label workers are used.
+    structures, config
+        What to label, and how.
+    store
+        Failures in it count as done: delete the row to try again.
+    kinds
+        By default those of the configuration.
+    progress, on_wait
+        Called as labels arrive, and while none does.
+
+    Returns
+    -------
+    Counter
+        Of the statuses of the new labels.
+
+    Raises
+    ------
+    LabelError
+        If labels cannot be made: a wrong calculator, a full disk.
+    """
+    kinds = kinds or label_kinds(config)
+    if "reference" in kinds and config.reference.calculator == "file":
+        check_file_labels(structures, config)
+    waiting = {
+        structure_key(atoms): atoms
+        for atoms in structures
+        if any(store.status(structure_key(atoms), kind) is None for kind in kinds)
+    }
+    chunks = _Chunks(list(waiting.values()), config.chunk_s, executor.n_workers("label"))
+    tasks = ((chunk, config, kinds) for chunk in chunks)
+    statuses: Counter[str] = Counter()
+    done = 0
+    for (chunk, _, _), outcome in executor.map(label_chunk, tasks, "label", on_wait=on_wait):
+        if isinstance(outcome, Exception):
+            outcome = _lost_labels(chunk, kinds, config, outcome)
+        store.add_many(zip(chunk, outcome, strict=True))
+        new = [item for labels in outcome for item in labels]
+        statuses.update(str(item.status) for item in new)
+        done += len(chunk)
+        chunks.learn(len(chunk), sum(item.wall_time_s for item in new))
+        if progress is not None:
+            progress(done, len(waiting), new)
+    return statuses
+
+
+def label_chunk(task: LabelTask) -> list[list[Label]]:
+    """Label some structures on a worker, in its torch-free child process."""
+    structures, config, kinds = task
+    return list(label_structures(worker_process(), structures, config, kinds))
+
+
+def worker_process() -> WorkerProcess:
+    """Return the child process of this thread, which outlives tasks."""
+    if not hasattr(_local, "process"):
+        _local.process = WorkerProcess()
+    process: WorkerProcess = _local.process
+    return process
+
+
+class _Chunks:
+    """Divide structures into tasks of about equal time, learning the time as labels arrive."""
+
+    def __init__(self, structures: list[Atoms], chunk_s: float, n_workers: int) -> None:
+        self._waiting = deque(structures)
+        self._chunk_s, self._n_workers = chunk_s, n_workers
+        self._structures_per_s = 0.0
+
+    def __iter__(self) -> Iterator[list[Atoms]]:
+        while self._waiting:
+            # At the end every worker should still have something to do.
+            fair = len(self._waiting) // (2 * self._n_workers)
+            size = min(fair, MAX_CHUNK, int(self._structures_per_s * self._chunk_s))
+            yield [self._waiting.popleft() for _ in range(max(size, 1))]
+
+    def learn(self, n_structures: int, seconds: float) -> None:
+        """Take note of how long a task took."""
+        rate = n_structures / max(seconds, 1e-4)
+        old = self._structures_per_s
+        self._structures_per_s = rate if old == 0 else 0.7 * old + 0.3 * rate
+
+
+def _lost_labels(
+    chunk: Sequence[Atoms], kinds: Sequence[Kind], config: LabelConfig, error: Exception
+) -> list[list[Label]]:
+    """Record the labels of a task whose worker died again and again; raise anything else."""
+    if type(error).__name__ != "KilledWorker":
+        raise error if isinstance(error, LabelError | ValueError) else LabelError(
+            f"labelling failed: {error!r}"
+        ) from error
+    logger.error("a label worker died: %s", error)
+    return [
+        [
+            Label(
+                structure_key(atoms),
+                kind,
+                LabelStatus.crashed,
+                label_provenance(kind, config),
+                message=f"the worker died: {error}",
+            )
+            for kind in kinds
+        ]
+        for atoms in chunk
+    ]
+
+
+def _config(reference: str | None) -> LabelConfig:
+    data: dict[str, Any] = {} if reference is None else {"reference": {"calculator": reference}}
+    return LabelConfig.model_validate(data)

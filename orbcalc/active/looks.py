@@ -1,0 +1,307 @@
+"""Prove, from a few labels, that predictions for a whole pool are good enough.
+
+A pool of N structures is divided into labelled ones, ones whose label failed, and the inference
+set I, which the model predicts. The *output* for the pool is the reference label where there is
+one and the prediction elsewhere. A structure of I is a **hit** if its prediction is within the
+tolerance of its label, and a **miss** otherwise; it is also a miss if its label would fail, for
+then nothing can be verified. Labelled structures are right in the output, failed ones wrong for
+ever. Nothing here knows of atoms: arrays of hits go in, a decision comes out.
+
+At a look, s structures of I are labelled before any training on them; k of them are misses,
+f <= k of these because their label failed. If I holds M misses, then afterwards
+
+- k - f misses have been repaired, because their labels now stand in the output;
+- f labels have failed and stay wrong, in addition to the n_failed earlier ones;
+- M - k misses are left among the structures of I that were not labelled.
+
+An upper bound U on M thus gives ``accuracy >= 1 - (n_failed + f + U - k) / N``. Labels that fail
+by accident (a lost worker) do no harm: they turn hits of the sample into misses, and U(k) - k
+never falls as k grows. The bound concerns the model that was looked at: release that one, not
+one trained later.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Bool
+
+from orbcalc.active.bounds import kl_lower_bound, look_level, max_misses
+from orbcalc.active.selection import as_count
+from orbcalc.errors import ConfigError
+
+__all__ = ["Look", "PoolCounts", "audit_look", "hits", "kl_batch_look", "recompute"]
+
+Method = Literal["hypergeometric", "kl_batch"]
+
+
+def hits(errors: npt.ArrayLike, tolerance: float) -> Bool[np.ndarray, " n"]:
+    """Tell which errors are within the tolerance; NaN and infinite ones are not.
+
+    Parameters
+    ----------
+    errors
+        (n,) prediction minus reference.
+    tolerance
+        Largest absolute error of a hit, in the unit of the errors.
+
+    Raises
+    ------
+    ConfigError
+        If the errors are no one-axis array, or the tolerance is not finite and positive.
+
+    Examples
+    --------
+    >>> hits([0.001, -0.02, float("nan")], 0.005).tolist()
+    [True, False, False]
+    """
+    array = np.asarray(errors, dtype=np.float64)
+    if array.ndim != 1:
+        raise ConfigError(f"errors have shape {array.shape}, expected (n,)")
+    check_tolerance(tolerance)
+    return np.abs(array) <= tolerance
+
+
+@dataclass(frozen=True)
+class PoolCounts:
+    """State of the pool when a sample is drawn, without that sample's labels."""
+
+    n_pool: int
+    n_labelled: int
+    n_failed: int
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit into the pool."""
+        for name in ("n_pool", "n_labelled", "n_failed"):
+            object.__setattr__(self, name, as_count(getattr(self, name), name))
+        if self.n_pool == 0:
+            raise ConfigError("the pool is empty: there is nothing to certify")
+        if self.n_labelled + self.n_failed > self.n_pool:
+            raise ConfigError(
+                f"{self.n_labelled} labelled and {self.n_failed} failed structures in a pool of "
+                f"{self.n_pool}: count each structure once, and only those of the pool"
+            )
+
+    @property
+    def n_inference(self) -> int:
+        """Size of the inference set, the sample included."""
+        return self.n_pool - self.n_labelled - self.n_failed
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the pool; counts are from before the sample was labelled."""
+
+    look: int
+    method: Method
+    n_pool: int
+    n_labelled: int
+    n_failed: int
+    n_inference: int
+    n_audit: int
+    n_audit_misses: int
+    n_audit_failed: int
+    level: float
+    misses_bound: int
+    """Most misses left among the structures of I that were not sampled (U - k)."""
+    accuracy_bound: float
+    """Lower bound on the share of the pool that is right in the output."""
+    certified: bool
+
+    @property
+    def n_right(self) -> int:
+        """Least number of structures of the pool that are right in the output."""
+        return self.n_pool - self.n_failed - self.n_audit_failed - self.misses_bound
+
+
+class _Sample(NamedTuple):
+    size: int
+    misses: int
+    failed: int
+
+
+def audit_look(
+    counts: PoolCounts,
+    sample_hits: npt.ArrayLike,
+    *,
+    failed: npt.ArrayLike | None = None,
+    look: int,
+    gamma: float,
+    delta: float,
+) -> Look:
+    """Bound the accuracy of the pool from a random audit, exactly.
+
+    The sample must be drawn uniformly without replacement from the inference set, with
+    randomness that the frozen model, the division of the pool and the sample's size do not
+    depend on (:func:`orbcalc.active.selection.draw_audit`). Everything may depend on earlier
+    looks: given that past, each bound fails with probability at most its level, so by the
+    union bound the probability that *any* look's bound is false is at most
+    ``sum_t delta / (t (t+1)) = delta``, whenever the loop stops.
+
+    An empty sample is allowed: everything not labelled then counts as wrong, which is how a
+    wholly labelled pool is certified.
+
+    Parameters
+    ----------
+    counts
+        The pool without the sample's labels. Structures labelled together with the sample (a
+        hardest batch, chosen before the draw and not drawn from) may already be counted.
+    sample_hits
+        (s,) booleans of *all* drawn structures; one without a verified prediction is False.
+    failed
+        (s,) booleans: the label failed or is missing. Such a structure is a miss of the sample,
+        and stays wrong in the output. Default: no label failed.
+    look
+        1 at the first look, counting every look whose result may end the loop.
+    gamma
+        Share of the pool that must be right.
+    delta
+        Probability, over all looks, that a certificate may be false.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range, the sample exceeds the inference set, the arrays are not
+        booleans of one shape, or a failed label is called a hit.
+
+    Examples
+    --------
+    >>> counts = PoolCounts(n_pool=1000, n_labelled=300, n_failed=0)
+    >>> audit_look(counts, [True] * 100, look=1, gamma=0.95, delta=0.05).accuracy_bound
+    0.977
+    """
+    sample = _summarise(sample_hits, failed)
+    return _conclude("hypergeometric", counts, sample, look=look, gamma=gamma, delta=delta)
+
+
+def kl_batch_look(
+    counts: PoolCounts,
+    batch_hits: npt.ArrayLike,
+    *,
+    failed: npt.ArrayLike | None = None,
+    look: int,
+    gamma: float,
+    delta: float,
+) -> Look:
+    """Bound the accuracy of the pool from the acquired, hardest batch (arXiv 2410.19631).
+
+    ``alpha = kl_lower_bound(accuracy of the batch before training on it)`` is taken for the
+    accuracy over the inference set. **Two assumptions are made and neither is checked**: that
+    accuracy on the hardest batch is no better than on the rest, and that a batch is a random
+    sample. Where the model is confidently wrong, or the batch is chosen for diversity, they
+    fail and so may the certificate: prefer :func:`audit_look`. The public code of the rule's
+    authors contains no stopping rule.
+
+    Under the assumptions M <= (1 - alpha) |I| fails with at most the look's level. The published
+    rule, ``(|O| + alpha |I|) / N >= gamma``, is used with two refinements: the misses found in
+    the batch are counted as repaired, as in an audit, and delta is divided among the looks.
+
+    Parameters
+    ----------
+    counts
+        The pool without the batch's labels.
+    batch_hits, failed
+        As in :func:`audit_look`, for the batch.
+    look, gamma, delta
+        As in :func:`audit_look`.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`audit_look`.
+    """
+    batch = _summarise(batch_hits, failed)
+    return _conclude("kl_batch", counts, batch, look=look, gamma=gamma, delta=delta)
+
+
+def _summarise(sample_hits: npt.ArrayLike, failed: npt.ArrayLike | None) -> _Sample:
+    hit = _booleans(sample_hits, "hits")
+    fail = np.zeros_like(hit) if failed is None else _booleans(failed, "failed")
+    if hit.shape != fail.shape:
+        raise ConfigError(f"hits have shape {hit.shape}, but failed has {fail.shape}")
+    if (hit & fail).any():
+        raise ConfigError(
+            f"structure {np.flatnonzero(hit & fail)[0]} of the sample is a hit although its label "
+            f"failed: without a label nothing is verified, so it must be False"
+        )
+    return _Sample(len(hit), int((~hit).sum()), int(fail.sum()))
+
+
+def _conclude(
+    method: Method, counts: PoolCounts, sample: _Sample, *, look: int, gamma: float, delta: float
+) -> Look:
+    """Do the accounting that is proved at the top of this module."""
+    if not 0 < gamma <= 1:
+        raise ConfigError(f"gamma is {gamma}, expected a number in (0, 1]")
+    level = look_level(delta, look)
+    if not 0 <= sample.failed <= sample.misses <= sample.size:
+        raise ConfigError(f"expected 0 <= failed <= misses <= size, got {sample}")
+    n_inference = counts.n_inference
+    if sample.size > n_inference:
+        raise ConfigError(
+            f"a sample of {sample.size} from an inference set of {n_inference}: "
+            f"give the counts from before the sample was labelled"
+        )
+    if method == "hypergeometric":
+        bound = max_misses(n_inference, sample.size, sample.misses, level)
+    else:
+        n_hits = sample.size - sample.misses
+        alpha = kl_lower_bound(n_hits / max(sample.size, 1), sample.size, level)
+        # Misses are a whole number, so the floor (1e-9: room for rounding, upwards only); the
+        # hits that were seen are certain.
+        bound = min(math.floor((1 - alpha) * n_inference + 1e-9), n_inference - n_hits)
+    left = bound - sample.misses
+    accuracy = (counts.n_pool - counts.n_failed - sample.failed - left) / counts.n_pool
+    return Look(
+        look=as_count(look, "look"),
+        method=method,
+        **asdict(counts),
+        n_inference=n_inference,
+        n_audit=sample.size,
+        n_audit_misses=sample.misses,
+        n_audit_failed=sample.failed,
+        level=level,
+        misses_bound=left,
+        accuracy_bound=accuracy,
+        certified=accuracy >= gamma,
+    )
+
+
+def recompute(look: Look, number: int, *, gamma: float, delta: float) -> Look:
+    """Return what look ``number`` must be, given the method and the counts of a recorded one.
+
+    Raises
+    ------
+    ConfigError
+        If the method is unknown or the counts are impossible.
+    """
+    if look.method not in get_args(Method):
+        raise ConfigError(f"look {number} has the unknown method {look.method!r}")
+    counts = PoolCounts(look.n_pool, look.n_labelled, look.n_failed)
+    sample = _Sample(
+        as_count(look.n_audit, "n_audit"),
+        as_count(look.n_audit_misses, "n_audit_misses"),
+        as_count(look.n_audit_failed, "n_audit_failed"),
+    )
+    return _conclude(look.method, counts, sample, look=number, gamma=gamma, delta=delta)
+
+
+def _booleans(values: npt.ArrayLike, name: str) -> Bool[np.ndarray, " n"]:
+    array = np.asarray(values)
+    if array.shape == (0,):
+        return np.zeros(0, dtype=bool)
+    if array.ndim != 1 or array.dtype != np.bool_:
+        raise ConfigError(
+            f"{name} have shape {array.shape} and type {array.dtype}, expected (n,) booleans"
+        )
+    return array
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise a ConfigError unless a tolerance is finite and positive."""
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        raise ConfigError(f"tolerance is {tolerance}, expected a finite number above 0")

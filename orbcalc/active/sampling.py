@@ -1,0 +1,141 @@
+"""Molecular dynamics that proposes structures for a pool."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import CalculationFailed
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import (
+    MaxwellBoltzmannDistribution,
+    Stationary,
+)
+
+from orbcalc.active.labelling import worker_process
+from orbcalc.config import MDConfig
+from orbcalc.errors import OrbcalcError
+
+__all__ = ["Walk", "WalkTask", "bootstrap_walk", "committee_walk", "walk"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WalkTask:
+    """One trajectory."""
+
+    start: Atoms
+    config: MDConfig
+    seed: int
+    model: Path | None = None
+    """Drives the walker; without a model the bootstrap method does."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a walker found, and why it ended."""
+
+    frames: list[Atoms]
+    reason: str
+    """"finished", or what stopped it early."""
+
+
+def walk(
+    atoms: Atoms,
+    calculator: Any,
+    config: MDConfig,
+    seed: int,
+    *,
+    stop: Callable[[Atoms], str | None] | None = None,
+) -> Walk:
+    """Run Langevin MD and keep a structure every so many steps.
+
+    A calculator that fails, or coordinates that are not finite, end the walk: what was found
+    before is kept.
+
+    Parameters
+    ----------
+    atoms
+        Where to start; left as it is.
+    calculator
+        ASE calculator with forces.
+    config
+        Temperature, steps and intervals.
+    seed
+        Of velocities and noise.
+    stop
+        Looks at each structure that is kept; a reason ends the walk.
+    """
+    rng = np.random.default_rng(seed)
+    moving = atoms.copy()
+    moving.calc = calculator
+    MaxwellBoltzmannDistribution(moving, temperature_K=config.temperature_K, rng=rng)
+    if not moving.constraints:
+        Stationary(moving)
+    dynamics = Langevin(
+        moving,
+        timestep=config.timestep_fs * units.fs,
+        temperature_K=config.temperature_K,
+        friction=config.friction_per_fs / units.fs,
+        rng=rng,
+    )
+    frames: list[Atoms] = []
+    for _ in range(config.steps // config.every):
+        try:
+            dynamics.run(config.every)
+        except (OrbcalcError, CalculationFailed, RuntimeError, ValueError) as error:
+            return Walk(frames, f"{type(error).__name__}: {error}")
+        if not np.isfinite(moving.positions).all():
+            return Walk(frames, "positions are not finite")
+        frames.append(_bare(moving))
+        reason = stop(moving) if stop is not None else None
+        if reason is not None:
+            return Walk(frames, reason)
+    return Walk(frames, "finished")
+
+
+def bootstrap_walk(task: WalkTask) -> Walk:
+    """Run a walker with GFN1-xTB, in the torch-free child of a label worker."""
+    # Far beyond any sensible walk; it is there so that a hanging SCF cannot hold the run.
+    limit = 60.0 + 5.0 * task.config.steps
+    result: Walk = worker_process().call(
+        "orbcalc.active.sampling:_bootstrap_here", task, timeout_s=limit
+    )
+    return result
+
+
+def _bootstrap_here(task: WalkTask) -> Walk:
+    from orbcalc.labels.xtb import make_ase_calculator
+
+    calculator = make_ase_calculator(task.config.bootstrap, task.start)
+    return walk(task.start, calculator, task.config, task.seed)
+
+
+def committee_walk(task: WalkTask) -> Walk:
+    """Run a walker with a committee until it is done or too uncertain."""
+    from orbcalc.calculator import OrbcalcCalculator
+
+    assert task.model is not None
+    calculator = OrbcalcCalculator(task.model)
+    limit = task.config.max_uncertainty
+
+    def stop(atoms: Atoms) -> str | None:
+        spread = calculator.results.get("energy_uncertainty")
+        if spread is None or limit is None or spread / len(atoms) <= limit:
+            return None
+        return f"uncertainty {spread / len(atoms):.3f} eV/atom above {limit} eV/atom"
+
+    return walk(task.start, calculator, task.config, task.seed, stop=stop)
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    """Copy a structure without velocities and calculator."""
+    bare = Atoms(atoms.symbols, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    bare.info = {key: atoms.info[key] for key in ("charge", "spin") if key in atoms.info}
+    return bare

@@ -1,0 +1,306 @@
+"""Potentials as an ASE calculator, and batched prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import (
+    Calculator,
+    PropertyNotImplementedError,
+    all_changes,
+    compare_atoms,
+)
+from ase.outputs import Properties, all_outputs
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from orbcalc.errors import StructureError
+from orbcalc.graph import AtomGraph
+from orbcalc.model.checkpoint import load_model
+from orbcalc.model.committee import Committee, CommitteePrediction
+from orbcalc.neighbors import SkinList
+from orbcalc.orbitals import SLOTS, shell_slots
+from orbcalc.properties import CHARGE_KEY, SPIN_KEY
+from orbcalc.structures import charge_and_multiplicity, check_structure
+from orbcalc.training.trainer import resolve_device
+
+__all__ = ["OrbcalcCalculator", "predict"]
+
+Results = dict[str, Any]
+
+#: Atoms in one batch of `predict`, so that memory stays bounded.
+BATCH_ATOMS = 2048
+
+
+class OrbcalcCalculator(Calculator):
+    """ASE calculator around a model file.
+
+    Parameters
+    ----------
+    model
+        Path of a ``.orbcalc`` file, or a committee that is loaded already.
+    device
+        "auto" is the GPU where there is one.
+    dtype
+        Of the network; geometry and sums are always float64.
+    skin
+        Å. The neighbour list is kept until an atom has moved by half of it.
+
+    Notes
+    -----
+    Energy (eV, total energy of the reference method), forces (eV/Å), stress (eV/Å³, Voigt xx yy
+    zz yz xz xy), atomic charges (e), ``orbital_charges`` on demand (list of one array for each
+    atom, tblite's AO order). A committee adds ``energy_uncertainty`` (eV) and
+    ``forces_uncertainty`` (n_atoms, eV/Å), one calibrated standard deviation each, to
+    ``results``. Total charge and multiplicity are read from ``atoms.info``.
+
+    Examples
+    --------
+    >>> calc = OrbcalcCalculator("model.orbcalc")  # doctest: +SKIP
+    >>> atoms.calc = calc  # doctest: +SKIP
+    >>> atoms.get_forces()  # doctest: +SKIP
+    """
+
+    implemented_properties = [  # noqa: RUF012  (ASE's own interface)
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+        "charges",
+        "orbital_charges",
+        "energy_uncertainty",
+        "forces_uncertainty",
+    ]
+
+    def __init__(
+        self,
+        model: str | Path | Committee,
+        device: str = "auto",
+        dtype: Literal["float32", "float64"] = "float32",
+        *,
+        skin: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.model, self.metadata = open_model(model, device=device, dtype=dtype)
+        self._skin_list = SkinList(self.model.cutoff, skin)
+        self._checked_build = 0
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Return what has changed since the last calculation, charge and spin included."""
+        changes: list[str] = compare_atoms(self.atoms, atoms, tol=tol)
+        if self.atoms is not None and any(
+            self.atoms.info.get(key) != atoms.info.get(key) for key in (CHARGE_KEY, SPIN_KEY)
+        ):
+            changes.append("info")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute properties; ASE calls this.
+
+        Raises
+        ------
+        StructureError, UnsupportedElementError
+            If the structure cannot be computed with this model.
+        PropertyNotImplementedError
+            If the model has no such property, or the structure no volume for a stress.
+        """
+        super().calculate(atoms, properties, system_changes)
+        current = self.atoms
+        assert current is not None
+        graph = self._updated_graph(current)
+        self._refuse_impossible(graph, properties)
+        wanted = set(properties) & {"forces", "stress", "charges"}
+        if "orbital_charges" in properties:
+            wanted.add("charges")
+        if "forces_uncertainty" in properties:
+            wanted.add("forces")
+        prediction = self.model(graph.to(self._device), sorted(wanted))
+        (found,) = _results(prediction, graph, self.model, properties)
+        self.results = found if system_changes else {**self.results, **found}
+
+    def export_properties(self) -> Properties:
+        """Return the results that ASE has a name for; ASE's files take no others."""
+        return Properties({k: v for k, v in self.results.items() if k in all_outputs})
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.first.element_index.device
+
+    def _updated_graph(self, atoms: Atoms) -> AtomGraph:
+        """Return the graph; while its neighbour list is valid only positions are new."""
+        charge_and_multiplicity(atoms)
+        if not np.isfinite(atoms.positions).all():
+            check_structure(atoms)
+        neighbors = self._skin_list.update(atoms)
+        if self._skin_list.n_builds != self._checked_build:
+            # Between two builds atoms move less than the skin: time enough to notice an overlap.
+            check_structure(atoms)
+            self._checked_build = self._skin_list.n_builds
+        return AtomGraph.from_atoms(atoms, self.model.cutoff, neighbors)
+
+    def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:
+        if "stress" in properties and not bool(graph.is_periodic.all()):
+            raise PropertyNotImplementedError("stress needs a periodic structure with a volume")
+        if {"charges", "orbital_charges"} & set(properties) and self.model.first.charge_head is None:
+            raise PropertyNotImplementedError(
+                "this model was trained without charges; train it with tasks: {charges: 0.3}"
+            )
+        if len(self.model.members) == 1 and any("uncertainty" in name for name in properties):
+            raise PropertyNotImplementedError(
+                "one potential has no uncertainty; train a committee (committee: 2 or more)"
+            )
+
+
+def predict(
+    model: str | Path | Committee,
+    structures: Iterable[Any],
+    properties: Sequence[str] = ("energy", "forces"),
+    *,
+    device: str = "auto",
+    dtype: Literal["float32", "float64"] = "float32",
+    on_error: Literal["raise", "skip"] = "raise",
+) -> list[Results]:
+    """Predict many structures in batches.
+
+    Parameters
+    ----------
+    model
+        Path of a ``.orbcalc`` file, or a loaded committee.
+    structures
+        ASE Atoms, or pymatgen structures and molecules.
+    properties
+        Any of energy, forces, stress, charges, orbital_charges, features; energy and, from a
+        committee, uncertainties are always there.
+    on_error
+        "raise", or "skip": a structure that cannot be computed has an empty result.
+
+    Returns
+    -------
+    list of dict
+        For each structure in the given order, what `OrbcalcCalculator.results` would hold.
+        Stress is left out for structures without a volume.
+
+    Raises
+    ------
+    StructureError, UnsupportedElementError
+        If a structure cannot be computed and `on_error` is "raise".
+    """
+    committee, _ = open_model(model, device=device, dtype=dtype)
+    atoms_list = [_as_atoms(structure) for structure in structures]
+    results: list[Results] = [{} for _ in atoms_list]
+    wanted = {"charges" if name == "orbital_charges" else name for name in properties}
+    for batch in _batches(atoms_list, committee, on_error):
+        joined = AtomGraph.batch([item.graph for item in batch])
+        prediction = committee(joined.to(committee.first.element_index.device), sorted(wanted))
+        found = _results(prediction, joined, committee, properties)
+        for item, result in zip(batch, found, strict=True):
+            results[item.index] = result
+    return results
+
+
+def open_model(
+    model: str | Path | Committee, *, device: str = "auto", dtype: str = "float32"
+) -> tuple[Committee, dict[str, Any]]:
+    """Return a committee and its metadata, from a file unless it is loaded already."""
+    if isinstance(model, Committee):
+        return model, {}
+    return load_model(model, device=resolve_device(device), dtype=getattr(torch, dtype))
+
+
+@dataclass(frozen=True)
+class _Item:
+    index: int
+    graph: AtomGraph
+
+
+def _batches(
+    structures: Sequence[Atoms], committee: Committee, on_error: str
+) -> Iterator[list[_Item]]:
+    """Group structures of similar size, so that little is padded."""
+    batch: list[_Item] = []
+    n_atoms = 0
+    for index in sorted(range(len(structures)), key=lambda i: len(structures[i])):
+        atoms = structures[index]
+        try:
+            check_structure(atoms, f"structure {index} ({atoms.get_chemical_formula()})")
+            committee.first.check_elements(atoms.numbers)
+        except StructureError:
+            if on_error == "raise":
+                raise
+            continue
+        if batch and n_atoms + len(atoms) > BATCH_ATOMS:
+            yield batch
+            batch, n_atoms = [], 0
+        batch.append(_Item(index, AtomGraph.from_atoms(atoms, committee.cutoff)))
+        n_atoms += len(atoms)
+    if batch:
+        yield batch
+
+
+def _results(
+    prediction: CommitteePrediction,
+    graph: AtomGraph,
+    committee: Committee,
+    properties: Sequence[str],
+) -> list[Results]:
+    """Split a batch into the results of each structure, as ASE names them."""
+    energies = prediction.energy.detach().cpu().numpy()
+    results: list[Results] = [{"energy": float(e), "free_energy": float(e)} for e in energies]
+    ends = np.cumsum(graph.n_atoms_of_structure.cpu().numpy())[:-1]
+
+    def per_atom(name: str, values: torch.Tensor | None) -> None:
+        if values is not None:
+            parts = np.split(values.detach().cpu().double().numpy(), ends)
+            for result, part in zip(results, parts, strict=True):
+                result[name] = part
+
+    per_atom("forces", prediction.forces)
+    per_atom("charges", prediction.charges)
+    per_atom("forces_uncertainty", prediction.forces_uncertainty)
+    if "orbital_charges" in properties and prediction.orbital_charges is not None:
+        per_atom("orbital_charges", prediction.orbital_charges)
+        numbers = np.split(graph.numbers.cpu().numpy(), ends)
+        for result, z in zip(results, numbers, strict=True):
+            result["orbital_charges"] = _in_ao_order(result["orbital_charges"], z, committee)
+    for index, result in enumerate(results):
+        if prediction.energy_uncertainty is not None:
+            result["energy_uncertainty"] = float(prediction.energy_uncertainty[index].detach())
+        if prediction.stress is not None and bool(graph.is_periodic[index]):
+            stress = prediction.stress[index].detach().cpu().numpy()
+            result["stress"] = full_3x3_to_voigt_6_stress(stress)
+        if prediction.features is not None:
+            result["features"] = prediction.features[index].detach().cpu().double().numpy()
+    return results
+
+
+def _in_ao_order(
+    charges: np.ndarray, numbers: np.ndarray, committee: Committee
+) -> list[np.ndarray]:
+    """Bring AO charges from the fixed layout of slots into tblite's order."""
+    shells = committee.first.shells
+    return [
+        np.concatenate([row[SLOTS[slot].orbitals] for slot in shell_slots(shells[int(number)])])
+        for row, number in zip(charges, numbers, strict=True)
+    ]
+
+
+def _as_atoms(structure: Any) -> Atoms:
+    if isinstance(structure, Atoms):
+        return structure
+    if hasattr(structure, "to_ase_atoms"):  # pymatgen's Structure and Molecule
+        atoms: Atoms = structure.to_ase_atoms()
+        return atoms
+    raise StructureError(
+        f"cannot predict a {type(structure).__name__}: give ase.Atoms, or a pymatgen Structure "
+        f"or Molecule"
+    )

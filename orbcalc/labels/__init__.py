@@ -1,0 +1,1 @@
+"""Labels: GFN1-xTB orbital charges, reference calculators, the store; never torch, never Dask."""

@@ -1,0 +1,52 @@
+"""One label of one structure: the function that label workers run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ase import Atoms
+
+from orbcalc.config import LabelConfig
+from orbcalc.labels.label import Kind, Label, Provenance
+from orbcalc.labels.reference import ReferenceLabeler, reference_provenance
+from orbcalc.labels.xtb import (
+    OrbitalChargeLabeler,
+    XTBSettings,
+    check_determinism,
+    xtb_provenance,
+)
+
+__all__ = ["compute_label", "label_kinds", "label_provenance"]
+
+
+def label_kinds(config: LabelConfig) -> tuple[Kind, ...]:
+    """Return the kinds of labels that a configuration asks for, cheap ones first."""
+    return ("charges", "reference") if config.charges else ("reference",)
+
+
+def label_provenance(kind: Kind, config: LabelConfig) -> Provenance:
+    """Name the method behind a kind of label, without loading its program."""
+    if kind == "charges":
+        return xtb_provenance("GFN1-xTB", XTBSettings())
+    return reference_provenance(config.reference)
+
+
+def compute_label(atoms: Atoms, kind: Kind, config: LabelConfig) -> Label:
+    """Compute one label in this process.
+
+    Raises
+    ------
+    StructureError, ConfigError, LabelError
+        For what is no failure of chemistry: an impossible structure, a calculator that cannot be
+        made, a quantity that it does not have.
+    """
+    return _labeler(kind, config.model_dump_json()).label(atoms)
+
+
+@lru_cache(maxsize=8)
+def _labeler(kind: Kind, config_json: str) -> OrbitalChargeLabeler | ReferenceLabeler:
+    """Keep labelers between structures: calculators are dear to make."""
+    if kind == "charges":
+        check_determinism()
+        return OrbitalChargeLabeler()
+    return ReferenceLabeler(LabelConfig.model_validate_json(config_json))

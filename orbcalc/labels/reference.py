@@ -1,0 +1,232 @@
+"""Reference labels: energy, forces and stress from the method that the potential should match."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+
+from orbcalc.config import LabelConfig, ReferenceConfig
+from orbcalc.errors import ConfigError, LabelError, MissingLabelError
+from orbcalc.labels.label import Label, Provenance, Values, attempt
+from orbcalc.labels.xtb import XTBSettings, xtb_provenance, xtb_values
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
+
+__all__ = ["ReferenceLabeler", "check_file_labels", "reference_provenance", "wanted_quantities"]
+
+FILE_KEYS = {"energy": REF_ENERGY, "forces": REF_FORCES, "stress": REF_STRESS}
+GFN2 = "GFN2-xTB"
+
+
+class ReferenceLabeler:
+    """Label structures with the calculator of a configuration.
+
+    The calculator is made when the first structure comes, and made anew after a failure. The
+    energy is ASE's ``get_potential_energy()``; forces and stress ignore constraints.
+
+    Raises
+    ------
+    ConfigError
+        If the calculator's name or arguments cannot be used.
+    LabelError
+        If the program behind it is not installed.
+    """
+
+    def __init__(self, config: LabelConfig) -> None:
+        self.config = config
+        self.provenance = reference_provenance(config.reference)
+        self._calculator: Any = None
+
+    def label(self, atoms: Atoms) -> Label:
+        """Compute one structure; see :func:`orbcalc.labels.label.attempt` for failures.
+
+        Raises
+        ------
+        LabelError
+            If the method does not have a quantity that was asked for, or a file label is missing.
+        """
+        return attempt(atoms, "reference", self.provenance, self._values)
+
+    def _values(self, atoms: Atoms) -> Values:
+        wanted = wanted_quantities(atoms, self.config)
+        if self.config.reference.calculator == "file":
+            return {name: _file_value(atoms, name) for name in wanted}
+        if self.config.reference.calculator == GFN2:
+            settings = _xtb_settings(self.config.reference)
+            return xtb_values(
+                GFN2, atoms, settings, forces="forces" in wanted, stress="stress" in wanted
+            )
+        if self._calculator is None:
+            self._calculator = _make_calculator(self.config.reference)
+        try:
+            return _ase_values(self._calculator, atoms, wanted)
+        except BaseException as error:
+            self._calculator = None  # its state cannot be trusted
+            if isinstance(error, PropertyNotImplementedError):
+                raise LabelError(
+                    f"{self.provenance.program} cannot compute all of {', '.join(wanted)} "
+                    f"({error}). Switch forces or stress off in the labels configuration."
+                ) from error
+            raise
+
+
+def wanted_quantities(atoms: Atoms, config: LabelConfig) -> tuple[str, ...]:
+    """Return what a configuration asks of a structure: stress only where all of space repeats."""
+    asked = {
+        "energy": True,
+        "forces": config.forces,
+        "stress": config.stress and bool(atoms.pbc.all()),
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)
+
+
+def reference_provenance(reference: ReferenceConfig) -> Provenance:
+    """Name the reference method without loading its program.
+
+    The version is that of the configuration, else of the installed package that holds the
+    calculator; a wrapper of an external program cannot know that program's version.
+
+    Raises
+    ------
+    ConfigError
+        If the calculator is not a known name and no import path, or has wrong arguments.
+    LabelError
+        If a built-in method is not installed.
+    """
+    name, version = reference.calculator, reference.version
+    if name == GFN2:
+        own = xtb_provenance(name, _xtb_settings(reference))
+        return Provenance(name, own.program, version or own.version, own.settings)
+    if name == "file":
+        return Provenance("file", "file", version or "unversioned", reference.arguments)
+    if name == "pyscf":
+        from orbcalc.labels.dft import pyscf_provenance
+
+        own = pyscf_provenance(reference.arguments)
+        return Provenance(own.method, own.program, version or own.version, own.settings)
+    module = _split_path(name)[0]
+    version = version or _package_version(module.partition(".")[0])
+    return Provenance(name.rpartition(":")[2], name, version, reference.arguments)
+
+
+def check_file_labels(structures: Sequence[Atoms], config: LabelConfig) -> None:
+    """Check before any work that structures carry the labels that a configuration takes from them.
+
+    Raises
+    ------
+    MissingLabelError
+        If one is missing; the message counts how many structures carry each.
+    """
+    if config.reference.calculator != "file":
+        return
+    carried = dict.fromkeys(FILE_KEYS, 0)
+    asked = dict.fromkeys(FILE_KEYS, 0)
+    first: dict[str, int] = {}
+    for number, atoms in enumerate(structures):
+        for name in wanted_quantities(atoms, config):
+            asked[name] += 1
+            has = _raw_file_value(atoms, name) is not None
+            carried[name] += has
+            if not has:
+                first.setdefault(name, number)
+    if first:
+        census = ", ".join(
+            f"{FILE_KEYS[name]}: {carried[name]} of {count}"
+            for name, count in asked.items()
+            if count
+        )
+        name, number = next(iter(first.items()))
+        raise MissingLabelError(
+            f"the reference is 'file', but not all structures carry their labels ({census}; "
+            f"structure {number}, {structures[number].get_chemical_formula()}, is the first "
+            f"without {FILE_KEYS[name]}). Add them, or switch that quantity off under labels."
+        )
+
+
+def _ase_values(calculator: Any, atoms: Atoms, wanted: Sequence[str]) -> Values:
+    """Ask an ASE calculator, in the units of ASE, which are ours."""
+    if hasattr(calculator, "reset"):
+        calculator.reset()  # ASE's cache does not see a charge in atoms.info
+    structure = atoms.copy()
+    structure.calc = calculator
+    values: Values = {"energy": float(structure.get_potential_energy())}
+    if "forces" in wanted:
+        values["forces"] = np.array(structure.get_forces(apply_constraint=False), dtype=float)
+    if "stress" in wanted:
+        values["stress"] = np.array(structure.get_stress(apply_constraint=False), dtype=float)
+    return values
+
+
+def _raw_file_value(atoms: Atoms, name: str) -> Any:
+    return (atoms.arrays if name == "forces" else atoms.info).get(FILE_KEYS[name])
+
+
+def _file_value(atoms: Atoms, name: str) -> float | np.ndarray:
+    raw, key = _raw_file_value(atoms, name), FILE_KEYS[name]
+    if raw is None:
+        raise MissingLabelError(
+            f"{atoms.get_chemical_formula()} carries no {key}, but the reference is 'file'. "
+            f"Add it, or switch that quantity off under labels."
+        )
+    value = np.array(raw, dtype=float)
+    if name == "stress" and value.size == 9:
+        value = value.ravel()[[0, 4, 8, 5, 2, 1]]
+    shape = {"energy": (), "forces": (len(atoms), 3), "stress": (6,)}[name]
+    if value.shape != shape:
+        raise LabelError(
+            f"{key} of {atoms.get_chemical_formula()} must have shape {shape}, got {value.shape}"
+        )
+    return float(value) if name == "energy" else value
+
+
+def _xtb_settings(reference: ReferenceConfig) -> XTBSettings:
+    try:
+        return XTBSettings(**reference.arguments)
+    except TypeError:
+        known = ", ".join(XTBSettings.__dataclass_fields__)
+        raise ConfigError(
+            f"reference.arguments of {GFN2}: known are {known}; got "
+            f"{', '.join(reference.arguments)}"
+        ) from None
+
+
+def _make_calculator(reference: ReferenceConfig) -> Any:
+    """Make the calculator; whatever goes wrong here would do so for every structure."""
+    try:
+        if reference.calculator == "pyscf":
+            from orbcalc.labels.dft import PySCFCalculator
+
+            return PySCFCalculator(**reference.arguments)
+        module, name = _split_path(reference.calculator)
+        return getattr(importlib.import_module(module), name)(**reference.arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"reference.calculator {reference.calculator!r} with arguments "
+            f"{reference.arguments} cannot be made: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _split_path(path: str) -> tuple[str, str]:
+    module, _, name = path.partition(":")
+    if not module or not name.isidentifier():
+        raise ConfigError(
+            f"reference.calculator {path!r} is unknown: give '{GFN2}', 'pyscf', 'file' or the "
+            f"import path of an ASE calculator, 'package.module:Name'"
+        )
+    return module, name
+
+
+@cache
+def _package_version(top_level: str) -> str:
+    names = metadata.packages_distributions().get(top_level, ())
+    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names))) or (
+        "unversioned"
+    )

@@ -1,0 +1,132 @@
+"""The file format of models and training states: JSON and safetensors in one zip, with SHA-256.
+
+An archive holds exactly three stored (uncompressed) members: ``manifest.json`` with the format,
+its version and the hashes of the other two, ``content.json`` and ``tensors.safetensors``. Nothing
+in it is ever executed or unpickled, and nothing is unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from orbcalc.errors import CheckpointError
+
+__all__ = ["file_sha256", "read_archive", "replace_file", "write_archive"]
+
+_MANIFEST, _CONTENT, _TENSORS = "manifest.json", "content.json", "tensors.safetensors"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal contents give equal files
+
+
+def write_archive(
+    path: str | Path,
+    *,
+    kind: str,
+    version: int,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write an archive; the file appears whole or not at all.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written, because the disk is full, say. What was there stays.
+    """
+    members = {
+        _CONTENT: json.dumps(content, indent=1, allow_nan=False).encode(),
+        _TENSORS: safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}),
+    }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    manifest = {"format": f"orbcalc {kind}", "format_version": version, "sha256": hashes}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in {_MANIFEST: json.dumps(manifest, indent=1).encode(), **members}.items():
+            archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), data)
+    try:
+        replace_file(Path(path), buffer.getvalue())
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def read_archive(
+    path: str | Path, *, kind: str, version: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an archive and verify it.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, altered, of another kind, or of a newer version.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {
+                name: _read_member(archive, name) for name in (_MANIFEST, _CONTENT, _TENSORS)
+            }
+        manifest = json.loads(members[_MANIFEST])
+        _verify(path, manifest, members, f"orbcalc {kind}", version)
+        return json.loads(members[_CONTENT]), safetensors.torch.load(members[_TENSORS])
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is no orbcalc {kind}, or it is damaged ({error}). Pickled files are never "
+            f"opened. Copy the file again, or train again."
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"the tensors of {path} are damaged: {error}") from error
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file beside its place and move it there, so that readers see all of it or none."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:  # a small file cannot unfold into a large one
+        raise ValueError(f"{name} is compressed")
+    return archive.read(info)
+
+
+def _verify(
+    path: str | Path, manifest: Any, members: Mapping[str, bytes], form: str, version: int
+) -> None:
+    if manifest["format"] != form:
+        raise CheckpointError(f"{path} is of format {manifest['format']!r}, expected {form!r}")
+    if manifest["format_version"] != version:
+        raise CheckpointError(
+            f"{path} has format version {manifest['format_version']!r}, this orbcalc reads "
+            f"{version}. Update orbcalc, or train again."
+        )
+    for name in (_CONTENT, _TENSORS):
+        found = hashlib.sha256(members[name]).hexdigest()
+        if found != manifest["sha256"][name]:
+            raise CheckpointError(
+                f"{name} in {path} was altered: its SHA-256 is {found[:12]}..., the manifest says "
+                f"{str(manifest['sha256'][name])[:12]}.... Get the original file."
+            )

@@ -1,0 +1,126 @@
+"""Model files, ``.orbcalc``: everything needed to predict, and what the model was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orbcalc.config import PotentialConfig, parse_config
+from orbcalc.errors import CheckpointError, ConfigError
+from orbcalc.model.archive import read_archive, write_archive
+from orbcalc.model.committee import Calibration, Committee
+from orbcalc.model.potential import Potential, Statistics
+
+__all__ = ["load_model", "potential_content", "potential_from", "save_model"]
+
+_KIND, _VERSION = "model", 1
+_UNITS = {"energy": "eV", "length": "Å", "charge": "e", "stress": "eV/Å³"}
+
+
+def save_model(
+    path: str | Path, committee: Committee, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model file.
+
+    Parameters
+    ----------
+    path
+        Ends in ``.orbcalc`` by custom.
+    committee
+        One potential is a committee of one.
+    metadata
+        JSON values: label methods and versions, metrics, hash of the training set.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written; an older file at the place stays.
+    """
+    content = {
+        "members": [potential_content(member) for member in _members(committee)],
+        "calibration": asdict(committee.calibration),
+        "units": _UNITS,
+        "metadata": dict(metadata or {}),
+    }
+    tensors = {
+        f"{number}.{name}": tensor
+        for number, member in enumerate(_members(committee))
+        for name, tensor in member.state_dict().items()
+    }
+    write_archive(path, kind=_KIND, version=_VERSION, content=content, tensors=tensors)
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Committee, dict[str, Any]]:
+    """Read a model file and its metadata.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged, altered, not a model, or its parts contradict each other.
+    """
+    content, tensors = read_archive(path, kind=_KIND, version=_VERSION)
+    try:
+        members = []
+        for number, member in enumerate(content["members"]):
+            potential = potential_from(member, dtype)
+            start = f"{number}."
+            weights = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            load_weights(potential, weights)
+            members.append(potential.to(device).requires_grad_(False).eval())
+        committee = Committee(members, Calibration(**content["calibration"]))
+        return committee, content["metadata"]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the model in {path} contradicts itself: {error}") from error
+
+
+def potential_content(potential: Potential) -> dict[str, Any]:
+    """Return what builds a potential, without its weights, as JSON values."""
+    return {
+        "config": potential.config.model_dump(mode="json"),
+        "elements": list(potential.elements),
+        "shells": {str(z): list(shells) for z, shells in potential.shells.items()},
+        "reference_energies": potential.reference_energies.tolist(),
+        "energy_scale": potential.energy_scale,
+        "neighbor_scale": potential.backbone.neighbor_scale,
+        "n_charge_components": potential.n_charge_components,
+    }
+
+
+def potential_from(content: Mapping[str, Any], dtype: torch.dtype) -> Potential:
+    """Build a potential from its content; its weights are still to be loaded."""
+    config = parse_config(content["config"], PotentialConfig, source="model file")
+    elements = [int(z) for z in content["elements"]]
+    if not elements or not all(1 <= z <= 118 for z in elements):
+        raise ConfigError(f"elements {elements} are not atomic numbers")
+    width = min(int(content["n_charge_components"]), 23)
+    statistics = Statistics(
+        reference_energies=torch.tensor(content["reference_energies"], dtype=torch.float64),
+        energy_scale=float(content["energy_scale"]),
+        neighbor_scale=float(content["neighbor_scale"]),
+        charge_shift=torch.zeros(len(elements), width),
+        charge_scale=torch.ones(len(elements), width),
+    )
+    shells = {int(z): tuple(map(int, shells)) for z, shells in content["shells"].items()}
+    with torch.random.fork_rng(devices=[]):
+        return Potential(config, elements, shells, statistics, dtype)
+
+
+def load_weights(potential: Potential, weights: Mapping[str, Tensor]) -> None:
+    """Load weights, all of them, and refuse any that are not finite."""
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"weight {bad[0]} holds NaN or infinity: the training failed")
+    potential.load_state_dict(dict(weights), strict=True)
+
+
+def _members(committee: Committee) -> list[Potential]:
+    return [member for member in committee.members if isinstance(member, Potential)]

@@ -1,0 +1,105 @@
+"""Several potentials as one: their mean predicts, their spread says how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from orbcalc.errors import ConfigError
+from orbcalc.graph import AtomGraph
+from orbcalc.model.potential import Potential, Prediction
+
+__all__ = ["Calibration", "Committee", "CommitteePrediction"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Factors that turn the spread of the members into one standard deviation of the error.
+
+    They are measured on structures that no member was trained on; 1 means not calibrated.
+    """
+
+    energy: float = 1.0
+    forces: float = 1.0
+
+
+@dataclass(frozen=True)
+class CommitteePrediction(Prediction):
+    """Mean of the members, and what their spread says; None for a committee of one."""
+
+    energy_uncertainty: Float[Tensor, " n_structures"] | None = None
+    """One standard deviation, eV."""
+    forces_uncertainty: Float[Tensor, " n_atoms"] | None = None
+    """One standard deviation of each component of the force on an atom, eV/Å."""
+
+
+class Committee(nn.Module):
+    """Potentials with the same elements, trained independently.
+
+    Parameters
+    ----------
+    members
+        One or more potentials.
+    calibration
+        Of the uncertainties.
+
+    Raises
+    ------
+    ConfigError
+        If there are no members, or they differ in elements, cutoff or shells.
+    """
+
+    def __init__(
+        self, members: Sequence[Potential], calibration: Calibration | None = None
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise ConfigError("a committee needs at least one potential")
+        first = members[0]
+        for member in members:
+            if (member.elements, member.config.cutoff, member.shells) != (
+                first.elements,
+                first.config.cutoff,
+                first.shells,
+            ):
+                raise ConfigError("members of a committee must share elements, cutoff and shells")
+        self.members = nn.ModuleList(members)
+        self.calibration = calibration or Calibration()
+
+    @property
+    def first(self) -> Potential:
+        """The first member, for what all share."""
+        member = self.members[0]
+        assert isinstance(member, Potential)
+        return member
+
+    @property
+    def cutoff(self) -> float:
+        """Cutoff of all members, Å."""
+        return self.first.config.cutoff
+
+    def forward(
+        self, graph: AtomGraph, properties: Collection[str] = ("energy",)
+    ) -> CommitteePrediction:
+        """Evaluate all members; see `Potential.forward` for the properties."""
+        predictions: list[Prediction] = [member(graph, properties) for member in self.members]
+        mean = {
+            field.name: torch.stack(values).mean(0) if values[0] is not None else None
+            for field in fields(Prediction)
+            if (values := [getattr(p, field.name) for p in predictions])
+        }
+        result = CommitteePrediction(**mean)
+        if len(predictions) == 1:
+            return result
+        energies = torch.stack([p.energy for p in predictions])
+        result = replace(result, energy_uncertainty=energies.std(0) * self.calibration.energy)
+        if result.forces is not None:
+            forces = torch.stack([p.forces for p in predictions if p.forces is not None])
+            spread = forces.var(0).sum(-1).sqrt() / math.sqrt(3)
+            result = replace(result, forces_uncertainty=spread * self.calibration.forces)
+        return result

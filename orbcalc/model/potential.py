@@ -1,0 +1,219 @@
+"""The potential: backbone, heads and derivatives behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from ase.data import chemical_symbols
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from orbcalc.config import PotentialConfig
+from orbcalc.errors import UnsupportedElementError
+from orbcalc.graph import AtomGraph
+from orbcalc.model.backbone import Backbone, NodeFeatures
+from orbcalc.model.derivatives import forces_and_stress
+from orbcalc.model.heads import EnergyHead, InvariantChargeHead, OrbitalBlockHead
+from orbcalc.orbitals import SLOTS, diagonal_basis, shell_slots
+
+__all__ = ["Potential", "Prediction", "Statistics"]
+
+Shells = Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the training set tells a potential before training; see `training.statistics`."""
+
+    reference_energies: Float[Tensor, " n_elements"]
+    """Energy of each lone atom, eV."""
+    energy_scale: float
+    """Size of one atom's energy beyond that, eV."""
+    neighbor_scale: float
+    charge_shift: Float[Tensor, "n_elements n_components"]
+    charge_scale: Float[Tensor, "n_elements n_components"]
+    """Mean and spread of the charge head's labels, e; without labels 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a potential says about a batch; what was not asked for is None."""
+
+    energy: Float[Tensor, " n_structures"]
+    """eV, float64."""
+    forces: Float[Tensor, "n_atoms 3"] | None = None
+    """eV/Å."""
+    stress: Float[Tensor, "n_structures 3 3"] | None = None
+    """eV/Å³; NaN for a structure without a volume."""
+    orbital_blocks: Float[Tensor, "n_atoms 23"] | None = None
+    """Charge blocks as irreps, e; NaN for absent shells and from an invariant head."""
+    orbital_charges: Float[Tensor, "n_atoms 10"] | None = None
+    """AO charges in slot order, e; NaN for absent shells."""
+    charges: Float[Tensor, " n_atoms"] | None = None
+    """Atomic charges, e."""
+    features: Float[Tensor, "n_structures channels"] | None = None
+    """Mean over atoms of the last scalar update: where a structure lies in the latent space."""
+
+
+class Potential(nn.Module):
+    """An equivariant multitask potential for a fixed set of elements.
+
+    Parameters
+    ----------
+    config
+        Architecture.
+    elements
+        Atomic numbers it covers.
+    shells
+        Angular momenta of each element's GFN1 shells, in tblite's order; empty without charges.
+    statistics
+        From the training set.
+    dtype
+        Type of the weights. Choose it here: a later `.double()` keeps float32 constants.
+    """
+
+    element_index: Tensor
+
+    def __init__(
+        self,
+        config: PotentialConfig,
+        elements: Sequence[int],
+        shells: Shells,
+        statistics: Statistics,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.elements = tuple(sorted(elements))
+        self.shells = {z: tuple(shells[z]) for z in self.elements if z in shells}
+        index = torch.full((119,), -1, dtype=torch.int64)
+        index[list(self.elements)] = torch.arange(len(self.elements))
+        self.register_buffer("element_index", index, persistent=False)
+        self.energy_scale = statistics.energy_scale
+        self.backbone = Backbone(config, len(self.elements), statistics.neighbor_scale)
+        self.energy_head = EnergyHead(config.channels, config.layers)
+        self.charge_head: OrbitalBlockHead | InvariantChargeHead | None = None
+        if config.charge_head != "none" and self.shells:
+            head = OrbitalBlockHead if config.charge_head == "equivariant" else InvariantChargeHead
+            self.charge_head = head(
+                config.channels,
+                _present_slots(self.elements, self.shells),
+                statistics.charge_shift,
+                statistics.charge_scale,
+            )
+        diagonal = torch.as_tensor(diagonal_basis(), dtype=torch.float64)
+        self.register_buffer("diagonal", diagonal, persistent=False)
+        self.to(dtype)
+        # Total energies of heavy atoms take more digits than float32 has.
+        self._reference_energies = statistics.reference_energies.double()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return self.backbone.elements.weight.dtype
+
+    @property
+    def n_charge_components(self) -> int:
+        """Number of components that the charge head predicts for an atom; 0 without one."""
+        return 0 if self.charge_head is None else self.charge_head.get_buffer("shift").shape[1]
+
+    @property
+    def reference_energies(self) -> Float[Tensor, " n_elements"]:
+        """Energy of each lone atom, eV, float64."""
+        if self._reference_energies.device != self.element_index.device:
+            self._reference_energies = self._reference_energies.to(self.element_index.device)
+        return self._reference_energies
+
+    def forward(
+        self,
+        graph: AtomGraph,
+        properties: Collection[str] = ("energy",),
+        *,
+        create_graph: bool = False,
+    ) -> Prediction:
+        """Evaluate the properties asked for.
+
+        Parameters
+        ----------
+        graph
+            A batch; pairs beyond the cutoff may be present.
+        properties
+            Any of energy (always given), forces, stress, charges, features. Charges cost
+            nothing unless asked for.
+        create_graph
+            Keep forces and stress differentiable, for training on them.
+
+        Raises
+        ------
+        UnsupportedElementError
+            If an atom is of an element that the potential does not cover.
+        """
+        elements = self.element_index[graph.numbers]
+        if bool((elements < 0).any()):
+            self.check_elements(graph.numbers.tolist())
+        with_charges = "charges" in properties and self.charge_head is not None
+        l_out = self.charge_head.l_out if with_charges and self.charge_head is not None else 0
+        derivatives = "forces" in properties or "stress" in properties
+        with torch.set_grad_enabled(derivatives or torch.is_grad_enabled()):
+            vectors = graph.edge_vectors()
+            if derivatives and not vectors.requires_grad:
+                vectors.requires_grad_(True)
+            nodes = self.backbone(vectors.to(self.dtype), elements, graph, l_out)
+            atomic = self.energy_head(nodes).double() * self.energy_scale
+            energy = graph.sum_over_atoms(atomic + self.reference_energies[elements])
+            found = self._charges(nodes, elements, graph) if with_charges else {}
+            if derivatives:
+                forces, stress = forces_and_stress(
+                    energy, vectors, graph, create_graph=create_graph
+                )
+                found |= {"forces": forces, "stress": stress}
+        if "features" in properties:
+            count = graph.n_atoms_of_structure[:, None]
+            found["features"] = graph.sum_over_atoms(nodes.updates[-1]) / count
+        return Prediction(energy if create_graph or not derivatives else energy.detach(), **found)
+
+    def check_elements(self, numbers: Iterable[int]) -> None:
+        """Refuse atomic numbers that the potential does not cover.
+
+        Raises
+        ------
+        UnsupportedElementError
+            Naming the first one.
+        """
+        covered = set(self.elements)
+        for index, number in enumerate(numbers):
+            if int(number) not in covered:
+                symbol = chemical_symbols[int(number)]
+                known = " ".join(chemical_symbols[z] for z in self.elements)
+                raise UnsupportedElementError(
+                    f"atom {index} is {symbol}, but this potential covers {known}. "
+                    f"Use a potential that was trained on {symbol}."
+                )
+
+    def _charges(
+        self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph
+    ) -> dict[str, Tensor]:
+        assert self.charge_head is not None
+        output = self.charge_head(nodes, elements, graph)
+        blocks = None
+        if isinstance(self.charge_head, OrbitalBlockHead):
+            blocks = output
+            diagonal = self.get_buffer("diagonal").to(output.dtype)
+            present = _orbital_mask(self.charge_head.get_buffer("present")[elements])
+            output = torch.where(present, torch.nan_to_num(output) @ diagonal, torch.nan)
+        found = {"orbital_charges": output, "charges": output.nansum(1)}
+        return found if blocks is None else {"orbital_blocks": blocks, **found}
+
+
+def _present_slots(elements: Sequence[int], shells: Shells) -> Bool[Tensor, "n_elements n_slots"]:
+    present = torch.zeros(len(elements), len(SLOTS), dtype=torch.bool)
+    for row, number in enumerate(elements):
+        present[row, list(shell_slots(shells.get(number, ())))] = True
+    return present
+
+
+def _orbital_mask(present: Bool[Tensor, "n n_slots"]) -> Bool[Tensor, "n 10"]:
+    sizes = torch.tensor([2 * slot.l + 1 for slot in SLOTS], device=present.device)
+    return present.repeat_interleave(sizes, 1)

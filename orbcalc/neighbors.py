@@ -1,0 +1,134 @@
+"""Neighbour lists in a padded layout, (atoms, slots), and their reuse while atoms move.
+
+Every atom has the same number of slots; the unused ones are masked. Sums over neighbours are
+then plain sums over an axis, and the transpose of "gather from my neighbours" is again a
+gather, because every edge i -> j knows the slot of its reverse j -> i. Nothing is scattered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import vesin
+from ase import Atoms
+from ase.geometry import complete_cell
+from jaxtyping import Bool, Float, Int
+
+__all__ = ["NeighborList", "SkinList", "neighbor_list"]
+
+
+@dataclass(frozen=True)
+class NeighborList:
+    """Neighbours of every atom of one structure.
+
+    Slot ``k`` of atom ``i`` is the vector ``positions[neighbors[i, k]] - positions[i] +
+    shifts[i, k] @ cell``. An unused slot points at its own atom and is False in ``mask``.
+    """
+
+    neighbors: Int[np.ndarray, "n_atoms n_slots"]
+    shifts: Float[np.ndarray, "n_atoms n_slots 3"]
+    mask: Bool[np.ndarray, "n_atoms n_slots"]
+    reverse: Int[np.ndarray, "n_atoms n_slots"]
+    """Flat index ``j * n_slots + slot`` of the reverse edge; of itself where unused."""
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots of each atom."""
+        return self.neighbors.shape[1]
+
+
+def neighbor_list(atoms: Atoms, cutoff: float) -> NeighborList:
+    """Find all pairs closer than a cutoff, periodic images included.
+
+    Parameters
+    ----------
+    atoms
+        Any mixture of periodic and open directions; positions need not be wrapped.
+    cutoff
+        Å.
+    """
+    # vesin (Rust/C++ cell lists) searches open directions only with a proper box around them.
+    cell = complete_cell(atoms.cell.array) if atoms.pbc.any() else np.zeros((3, 3))
+    finder = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True)
+    centers, neighbors, shifts = finder.compute(
+        points=atoms.positions, box=cell, periodic=atoms.pbc, quantities="ijS"
+    )
+    return _pad(
+        len(atoms), centers.astype(np.int64), neighbors.astype(np.int64), shifts.astype(np.int64)
+    )
+
+
+def _pad(
+    n_atoms: int,
+    centers: Int[np.ndarray, " n_edges"],
+    neighbors: Int[np.ndarray, " n_edges"],
+    shifts: Int[np.ndarray, "n_edges 3"],
+) -> NeighborList:
+    """Lay out edges, sorted by centre, in slots."""
+    # The k-th edge by (i, j, S) is the reverse of the k-th edge by (j, i, -S).
+    forward = np.lexsort((*shifts.T, neighbors, centers))
+    centers, neighbors, shifts = centers[forward], neighbors[forward], shifts[forward]
+    backward = np.lexsort((*(-shifts).T, centers, neighbors))
+
+    counts = np.bincount(centers, minlength=n_atoms)
+    n_slots = max(int(counts.max(initial=0)), 1)
+    slots = np.arange(len(centers)) - np.repeat(np.cumsum(counts) - counts, counts)
+    flat = centers * n_slots + slots
+
+    everywhere = np.arange(n_atoms * n_slots)
+    padded_neighbors, padded_reverse = everywhere // n_slots, everywhere.copy()
+    padded_shifts = np.zeros((n_atoms * n_slots, 3))
+    mask = np.zeros(n_atoms * n_slots, dtype=bool)
+    padded_neighbors[flat] = neighbors
+    padded_shifts[flat] = shifts
+    mask[flat] = True
+    padded_reverse[flat[backward]] = flat
+    shape = (n_atoms, n_slots)
+    return NeighborList(
+        padded_neighbors.reshape(shape),
+        padded_shifts.reshape(*shape, 3),
+        mask.reshape(shape),
+        padded_reverse.reshape(shape),
+    )
+
+
+class SkinList:
+    """A neighbour list with a Verlet skin, rebuilt only when it could miss a pair.
+
+    Parameters
+    ----------
+    cutoff
+        Å.
+    skin
+        Å beyond the cutoff. The list stays valid until an atom has moved by half of it.
+    """
+
+    def __init__(self, cutoff: float, skin: float = 0.5) -> None:
+        self.cutoff = cutoff
+        self.skin = skin
+        self.n_builds = 0
+        self._built_for: Atoms | None = None
+        self._list: NeighborList | None = None
+
+    def update(self, atoms: Atoms) -> NeighborList:
+        """Return a list that holds every pair inside the cutoff (and some beyond)."""
+        if self._list is None or not self._is_valid(atoms):
+            self._list = neighbor_list(atoms, self.cutoff + self.skin)
+            self._built_for = Atoms(
+                numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc
+            )
+            self.n_builds += 1
+        return self._list
+
+    def _is_valid(self, atoms: Atoms) -> bool:
+        built = self._built_for
+        if (
+            built is None
+            or len(built) != len(atoms)
+            or not np.array_equal(built.pbc, atoms.pbc)
+            or (atoms.pbc.any() and not np.array_equal(built.cell.array, atoms.cell.array))
+        ):
+            return False
+        moved = ((atoms.positions - built.positions) ** 2).sum(axis=1).max()
+        return bool(moved <= (self.skin / 2) ** 2)  # False for NaN

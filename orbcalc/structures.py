@@ -1,0 +1,178 @@
+"""Structures at the edge of the package: read them, check them, name them by content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.geometry import complete_cell
+from ase.neighborlist import neighbor_list
+
+from orbcalc.errors import StructureError
+from orbcalc.properties import CHARGE_KEY, SPIN_KEY
+
+__all__ = [
+    "charge_and_multiplicity",
+    "check_structure",
+    "multiplicity_is_possible",
+    "read_structures",
+    "structure_key",
+]
+
+#: Two nuclei closer than this (Å) are an error of the input; H2 is 0.74 Å.
+MIN_DISTANCE = 0.3
+
+#: Positions and cells are hashed in units of this (Å), so a file written with 8 decimals and
+#: read back has the same key.
+KEY_RESOLUTION = 1e-6
+
+
+def read_structures(paths: str | Path | Iterable[str | Path]) -> list[Atoms]:
+    """Read every structure of one or more files that ASE can read.
+
+    Raises
+    ------
+    StructureError
+        If a file is missing, unreadable or empty, or a structure in it cannot be computed.
+    """
+    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    structures: list[Atoms] = []
+    for path in files:
+        try:
+            images = ase.io.read(path, index=":")
+        except Exception as error:  # ASE's readers raise anything, down to bare AssertionError
+            raise StructureError(f"cannot read structures from {path}: {error!r}") from error
+        if not images:
+            raise StructureError(f"{path} holds no structures")
+        for number, atoms in enumerate(images):
+            check_structure(atoms, f"structure {number} of {path}")
+        structures += images
+    return structures
+
+
+def check_structure(atoms: Atoms, name: str | None = None) -> None:
+    """Refuse a structure that no method can compute.
+
+    Parameters
+    ----------
+    atoms
+        Structure with positions in Å.
+    name
+        What to call it in the message; its formula by default.
+
+    Raises
+    ------
+    StructureError
+        If it has no atoms, a NaN or infinite coordinate, an unknown element, a periodic
+        direction without a cell vector, overlapping atoms, or an impossible charge or spin.
+    """
+    name = name or atoms.get_chemical_formula() or "structure"
+    if len(atoms) == 0:
+        raise StructureError(f"{name} has no atoms")
+    unknown = np.flatnonzero((atoms.numbers < 1) | (atoms.numbers > 118))
+    if len(unknown):
+        raise StructureError(
+            f"atom {unknown[0]} of {name} has atomic number {atoms.numbers[unknown[0]]}: "
+            f"it is no element. Give every atom a symbol."
+        )
+    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+    if len(bad):
+        raise StructureError(
+            f"atom {bad[0]} of {name} has position {atoms.positions[bad[0]]}: "
+            f"coordinates must be finite numbers in Å."
+        )
+    if not np.isfinite(atoms.cell.array).all():
+        raise StructureError(f"{name} has a cell that is not finite: {atoms.cell.array.tolist()}")
+    if atoms.pbc.any() and (
+        (atoms.cell.lengths()[atoms.pbc] < 1e-6).any()
+        or abs(np.linalg.det(complete_cell(atoms.cell.array))) < 1e-6
+    ):
+        raise StructureError(
+            f"{name} is periodic along {atoms.pbc.tolist()}, but its cell spans no volume: "
+            f"{atoms.cell.array.tolist()}. Set the cell, or pbc=False."
+        )
+    charge_and_multiplicity(atoms)
+    i, j, distances = neighbor_list("ijd", atoms, MIN_DISTANCE)
+    if len(distances):
+        closest = int(np.argmin(distances))
+        raise StructureError(
+            f"atoms {i[closest]} and {j[closest]} of {name} are {distances[closest]:.3f} Å apart: "
+            f"they overlap (limit {MIN_DISTANCE} Å). Correct the structure."
+        )
+
+
+def structure_key(atoms: Atoms) -> str:
+    """Return the content hash that names a structure in label stores.
+
+    It covers elements, positions and cell (to 1e-6 Å), periodicity, charge and multiplicity,
+    in the given order of atoms; labels and other info do not change it.
+    """
+    charge, multiplicity = charge_and_multiplicity(atoms)
+    digest = hashlib.sha256()
+    cell = atoms.cell.array if atoms.pbc.any() else np.zeros((3, 3))
+    for array in (
+        atoms.numbers,
+        np.rint(atoms.positions / KEY_RESOLUTION),
+        np.rint(cell / KEY_RESOLUTION),
+        atoms.pbc,
+        [charge, multiplicity],
+    ):
+        digest.update(np.asarray(array).astype("<i8").tobytes())
+    # ase.db refuses strings that read as numbers, as a few hexadecimal ones do: start with a letter
+    return "s" + digest.hexdigest()[:31]
+
+
+def charge_and_multiplicity(atoms: Atoms) -> tuple[int, int]:
+    """Read the total charge and the spin multiplicity of a structure.
+
+    Parameters
+    ----------
+    atoms
+        ``info["charge"]`` (e) and ``info["spin"]`` (multiplicity 2S + 1) are read. A missing
+        charge is 0. A missing multiplicity is the lowest that the electron count allows for a
+        molecule, and 1 for a periodic structure, where the count depends on the cell chosen.
+
+    Raises
+    ------
+    StructureError
+        If a value is not an integer, or the multiplicity cannot be had with that many electrons.
+    """
+    charge = _integer(atoms, CHARGE_KEY, 0)
+    n_electrons = int(atoms.numbers.sum()) - charge
+    lowest = 1 if atoms.pbc.any() else 1 + n_electrons % 2
+    multiplicity = _integer(atoms, SPIN_KEY, lowest)
+    if not multiplicity_is_possible(atoms, charge, multiplicity):
+        raise StructureError(
+            f"{atoms.get_chemical_formula()}: info['{SPIN_KEY}'] = {multiplicity} is impossible "
+            f"for {n_electrons} electrons (info['{CHARGE_KEY}'] = {charge}). "
+            f"It is the multiplicity 2S + 1: correct it, or leave it out."
+        )
+    return charge, multiplicity
+
+
+def multiplicity_is_possible(atoms: Atoms, charge: int, multiplicity: int) -> bool:
+    """Tell whether a multiplicity agrees with the number of electrons (molecules only)."""
+    if multiplicity < 1:
+        return False
+    n_electrons = int(atoms.numbers.sum()) - charge
+    if n_electrons < 0 or multiplicity - 1 > n_electrons:
+        return False
+    return bool(atoms.pbc.any()) or (multiplicity - 1) % 2 == n_electrons % 2
+
+
+def _integer(atoms: Atoms, key: str, default: int) -> int:
+    value = atoms.info.get(key, default)
+    try:
+        integer = int(value)
+        exact = float(value) == integer
+    except (TypeError, ValueError, OverflowError):
+        exact = False
+    if not exact:
+        raise StructureError(
+            f"{atoms.get_chemical_formula()}: info['{key}'] = {value!r} is not an integer."
+        )
+    return integer

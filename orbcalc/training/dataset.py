@@ -1,0 +1,199 @@
+"""Labelled structures as graphs and targets; what is absent is NaN, never zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from orbcalc.config import TaskWeights
+from orbcalc.errors import LabelError, MissingLabelError
+from orbcalc.graph import AtomGraph
+from orbcalc.orbitals import BLOCK_DIM
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS, XTB_BLOCKS, XTB_SHELLS
+from orbcalc.structures import check_structure
+
+__all__ = ["LabelDataset", "Targets", "shells_of_elements"]
+
+#: File key and remedy of the labels of each task.
+_SOURCES = {
+    "energy": (REF_ENERGY, "orbcalc label --reference"),
+    "forces": (REF_FORCES, "orbcalc label --reference"),
+    "stress": (REF_STRESS, "orbcalc label --reference"),
+    "charges": (XTB_BLOCKS, "orbcalc label"),
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of a batch; NaN where a structure or atom has none."""
+
+    energy: Float[Tensor, " n_structures"]
+    """eV."""
+    forces: Float[Tensor, "n_atoms 3"]
+    """eV/Å."""
+    stress: Float[Tensor, "n_structures 3 3"]
+    """eV/Å³."""
+    charges: Float[Tensor, "n_atoms 23"]
+    """Charge blocks as irreps, e."""
+
+    @classmethod
+    def from_atoms(cls, atoms: Atoms) -> Targets:
+        """Read the labels of one structure.
+
+        Raises
+        ------
+        LabelError
+            If a label has the wrong shape or is infinite.
+        """
+        n_atoms = len(atoms)
+        stress = _read(atoms, REF_STRESS, atoms.info, (6,), (3, 3))
+        full = voigt_6_to_full_3x3_stress(stress) if stress.shape == (6,) else stress
+        return cls(
+            energy=torch.from_numpy(_read(atoms, REF_ENERGY, atoms.info, ())).reshape(1),
+            forces=torch.from_numpy(_read(atoms, REF_FORCES, atoms.arrays, (n_atoms, 3))),
+            stress=torch.from_numpy(np.ascontiguousarray(full))[None],
+            charges=torch.from_numpy(_read(atoms, XTB_BLOCKS, atoms.arrays, (n_atoms, BLOCK_DIM))),
+        )
+
+    @classmethod
+    def batch(cls, targets: Sequence[Targets]) -> Targets:
+        """Join the targets of several structures."""
+        joined = {f.name: torch.cat([getattr(t, f.name) for t in targets]) for f in fields(cls)}
+        return cls(**joined)
+
+    def to(self, device: torch.device | str) -> Targets:
+        """Move every tensor to a device."""
+        return Targets(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def has(self, task: str) -> bool:
+        """Tell whether any label of a task is there."""
+        return bool(torch.isfinite(getattr(self, task)).any())
+
+
+class LabelDataset:
+    """Graphs and targets of labelled structures, made once and kept.
+
+    Parameters
+    ----------
+    structures
+        Labels under the keys of `orbcalc.properties`.
+    cutoff
+        Of the neighbour lists, Å.
+
+    Raises
+    ------
+    StructureError
+        If a structure cannot be computed.
+    LabelError
+        If a label has the wrong shape or is infinite.
+    """
+
+    def __init__(self, structures: Iterable[Atoms], cutoff: float) -> None:
+        self.graphs: list[AtomGraph] = []
+        self.targets: list[Targets] = []
+        self.shells: dict[int, tuple[int, ...]] = {}
+        for number, atoms in enumerate(structures):
+            check_structure(atoms, f"structure {number} ({atoms.get_chemical_formula()})")
+            self.graphs.append(AtomGraph.from_atoms(atoms, cutoff))
+            self.targets.append(Targets.from_atoms(atoms))
+            self.shells |= shells_of_elements(atoms)
+
+    def __len__(self) -> int:
+        return len(self.graphs)
+
+    @property
+    def elements(self) -> list[int]:
+        """Atomic numbers that occur."""
+        return sorted({int(z) for graph in self.graphs for z in graph.numbers.unique()})
+
+    def batch(self, indices: Iterable[int]) -> tuple[AtomGraph, Targets]:
+        """Join some structures into one batch."""
+        chosen = list(indices)
+        graph = AtomGraph.batch([self.graphs[i] for i in chosen])
+        return graph, Targets.batch([self.targets[i] for i in chosen])
+
+    def batches(self, size: int) -> Iterable[tuple[AtomGraph, Targets]]:
+        """Go through all structures in order."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
+
+    def census(self) -> dict[str, int]:
+        """Count the structures that carry each label."""
+        return {task: sum(t.has(task) for t in self.targets) for task in _SOURCES}
+
+    def require(self, tasks: TaskWeights, name: str = "the training set") -> None:
+        """Check that every task with weight has labels.
+
+        Raises
+        ------
+        MissingLabelError
+            With a census of what is there.
+        """
+        census = self.census()
+        missing = [task for task in _SOURCES if getattr(tasks, task) > 0 and census[task] == 0]
+        if not missing:
+            return
+        found = ", ".join(f"{task} {count}" for task, count in census.items())
+        remedy = "; ".join(
+            f"task '{task}' needs {_SOURCES[task][0]} (make it with `{_SOURCES[task][1]}`)"
+            for task in missing
+        )
+        raise MissingLabelError(
+            f"{name} ({len(self)} structures) has labels for: {found}. {remedy}; "
+            f"or set `tasks: {{{missing[0]}: 0}}`."
+        )
+
+
+def shells_of_elements(atoms: Atoms) -> dict[int, tuple[int, ...]]:
+    """Read the angular momenta of each element's GFN1 shells, written beside the blocks.
+
+    Returns
+    -------
+    dict
+        Empty for a structure without blocks.
+
+    Raises
+    ------
+    LabelError
+        If blocks are there without shells.
+    """
+    if XTB_BLOCKS not in atoms.arrays:
+        return {}
+    if XTB_SHELLS not in atoms.arrays:
+        raise LabelError(
+            f"{atoms.get_chemical_formula()} has {XTB_BLOCKS}, but not {XTB_SHELLS}. "
+            f"Label it again with `orbcalc label`."
+        )
+    table = atoms.arrays[XTB_SHELLS].astype(int).reshape(len(atoms), -1)
+    return {
+        int(number): tuple(int(momentum) for momentum in row if momentum >= 0)
+        for number, row in zip(atoms.numbers, table, strict=True)
+    }
+
+
+def _read(atoms: Atoms, key: str, source: Mapping[str, Any], *shapes: tuple[int, ...]) -> np.ndarray:
+    """Return a label as float64, NaN if it is absent."""
+    if source.get(key) is None:
+        return np.full(shapes[0], np.nan)
+    try:
+        value = np.array(source[key], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise LabelError(f"{key} of {atoms.get_chemical_formula()} is not numeric") from error
+    if len(shapes) > 1 and value.shape == (9,):  # extxyz writes 3 x 3 flat
+        value = value.reshape(3, 3)
+    if value.shape not in shapes:
+        raise LabelError(
+            f"{key} of {atoms.get_chemical_formula()} has shape {value.shape}, expected {shapes[0]}"
+        )
+    if np.isinf(value).any():
+        raise LabelError(f"{key} of {atoms.get_chemical_formula()} is infinite")
+    return value

@@ -1,0 +1,257 @@
+"""`orbcalc train`: from a configuration to a model file, in steps that can be distributed.
+
+The steps are plain functions of the configuration and the files beside its output, so the
+members of a committee can be trained one after another here, or each in a task elsewhere, and
+any of them can be repeated after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from orbcalc.config import TrainConfig
+from orbcalc.errors import CheckpointError, ConfigError, LabelConflictError
+from orbcalc.labels.store import LabelStore, is_label_store
+from orbcalc.model.checkpoint import load_model, save_model
+from orbcalc.model.committee import Committee
+from orbcalc.model.potential import Potential
+from orbcalc.properties import REF_ENERGY, REF_METHOD, XTB_METHOD
+from orbcalc.structures import read_structures, structure_key
+from orbcalc.training.calibration import calibrate
+from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.loss import ErrorSums, active_properties
+from orbcalc.training.statistics import fit_statistics
+from orbcalc.training.trainer import Report, Trainer, on_device, resolve_device
+
+__all__ = ["finish_training", "load_labelled", "split", "test_errors", "train", "train_member"]
+
+logger = logging.getLogger(__name__)
+
+MemberReport = Callable[[Mapping[str, Any]], None]
+
+
+def train(config: TrainConfig, report: MemberReport | None = None) -> Committee:
+    """Train a potential or a committee and write the model file.
+
+    A run that was killed goes on where its state was last saved.
+
+    Parameters
+    ----------
+    config
+        See `TrainConfig`.
+    report
+        Called at every validation with member, step, steps and errors.
+
+    Returns
+    -------
+    Committee
+        The calibrated model, as written to ``config.output``.
+
+    Raises
+    ------
+    MissingLabelError
+        If a task with weight has no labels.
+    LabelConflictError
+        If labels of different methods or versions are mixed.
+    """
+    structures = _split_structures(config)
+    for member in range(config.committee):
+        train_member(config, member, report, structures=structures)
+    return finish_training(config, structures=structures)
+
+
+def train_member(
+    config: TrainConfig,
+    member: int,
+    report: MemberReport | None = None,
+    *,
+    structures: tuple[list[Atoms], list[Atoms]] | None = None,
+) -> Path:
+    """Train one member to its end; returns the file that holds it."""
+    finished = _member_path(config, member)
+    if finished.exists():
+        return finished
+    finished.parent.mkdir(parents=True, exist_ok=True)
+    train_set, valid_set = _datasets(config, structures)
+    seed = int(np.random.SeedSequence([config.seed, member]).generate_state(1)[0])
+    state_path = finished.with_suffix(".state")
+    _refuse_other_run(config, finished.parent / "config.json")
+    trainer = Trainer(
+        train_set,
+        valid_set,
+        config,
+        seed=seed,
+        state_path=state_path,
+        report=None if report is None else lambda record: report({"member": member, **record}),
+    )
+    potential = trainer.fit(lambda: _initial(config, member, seed, train_set))
+    save_model(finished, Committee([potential]))
+    state_path.unlink(missing_ok=True)
+    return finished
+
+
+def finish_training(
+    config: TrainConfig,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    structures: tuple[list[Atoms], list[Atoms]] | None = None,
+) -> Committee:
+    """Join the trained members, calibrate them, and write the model file."""
+    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+    members = []
+    for number in range(config.committee):
+        member, _ = load_model(_member_path(config, number), device=device, dtype=dtype)
+        members.append(member.first)
+    structures = structures or _split_structures(config)
+    _, valid_set = _datasets(config, structures)
+    committee = calibrate(Committee(members), valid_set)
+    save_model(
+        config.output,
+        committee,
+        {
+            "config": config.model_dump(mode="json"),
+            "labels": _methods(structures[0] + structures[1]),
+            "training_set": {
+                "sha256": _content_hash(structures[0]),
+                "n_train": len(structures[0]),
+                "n_valid": len(structures[1]),
+            },
+            "valid_errors": test_errors(committee, valid_set, active_properties(config.tasks)),
+            **(metadata or {}),
+        },
+    )
+    shutil.rmtree(_member_path(config, 0).parent, ignore_errors=True)
+    return committee
+
+
+def test_errors(
+    committee: Committee, dataset: LabelDataset, properties: list[str], batch_size: int = 32
+) -> dict[str, float]:
+    """Return MAE and RMSE of a committee's mean: eV/atom, eV/Å, eV/Å³, e."""
+    sums = ErrorSums()
+    for graph, targets in on_device(dataset, batch_size, committee.first):
+        sums.add(committee.first, committee(graph, properties), graph, targets)
+    return sums.result()
+
+
+def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
+    """Read labelled structures from files and label stores, without duplicates.
+
+    Raises
+    ------
+    LabelConflictError
+        If their labels come from different methods, versions or settings.
+    """
+    structures: dict[str, Atoms] = {}
+    for path in paths:
+        found = (
+            LabelStore(path).labelled_atoms() if is_label_store(path) else read_structures(path)
+        )
+        for atoms in found:
+            structures.setdefault(structure_key(atoms), atoms)
+    result = list(structures.values())
+    _methods(result)
+    return result
+
+
+def split(
+    structures: list[Atoms], fraction: float, seed: int
+) -> tuple[list[Atoms], list[Atoms]]:
+    """Hold out a random share, at least one, of the structures that have a reference label."""
+    labelled = [i for i, atoms in enumerate(structures) if REF_ENERGY in atoms.info]
+    candidates = labelled or list(range(len(structures)))
+    n_valid = max(1, round(fraction * len(candidates)))
+    if n_valid >= len(structures):
+        raise ConfigError(
+            f"{len(structures)} structures are too few to hold out {fraction:.0%} for validation"
+        )
+    order = np.random.default_rng(seed).permutation(candidates)
+    held_out = set(order[:n_valid].tolist())
+    train_set = [atoms for i, atoms in enumerate(structures) if i not in held_out]
+    return train_set, [structures[i] for i in sorted(held_out)]
+
+
+def _split_structures(config: TrainConfig) -> tuple[list[Atoms], list[Atoms]]:
+    structures = load_labelled(config.train)
+    if isinstance(config.valid, float):
+        return split(structures, config.valid, config.seed)
+    valid = load_labelled(config.valid)
+    _methods(structures + valid)
+    return structures, valid
+
+
+def _datasets(
+    config: TrainConfig, structures: tuple[list[Atoms], list[Atoms]] | None
+) -> tuple[LabelDataset, LabelDataset]:
+    train_set, valid_set = structures or _split_structures(config)
+    cutoff = config.potential.cutoff
+    return LabelDataset(train_set, cutoff), LabelDataset(valid_set, cutoff)
+
+
+def _initial(config: TrainConfig, member: int, seed: int, train_set: LabelDataset) -> Potential:
+    """Return the potential that training begins with."""
+    dtype = getattr(torch, config.dtype)
+    if config.start_from is not None:
+        committee, _ = load_model(config.start_from, dtype=dtype)
+        fits = (
+            len(committee.members) == config.committee
+            and committee.first.config == config.potential
+            and list(committee.first.elements) == train_set.elements
+            and committee.first.shells == train_set.shells
+        )
+        if fits:
+            return committee.members[member].requires_grad_(True).train()  # type: ignore[return-value]
+        logger.warning("%s does not fit the training set: starting afresh", config.start_from)
+    statistics = fit_statistics(train_set, config.potential, config.reference_energies)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Potential(config.potential, train_set.elements, train_set.shells, statistics, dtype)
+
+
+def _member_path(config: TrainConfig, member: int) -> Path:
+    folder = config.output.with_name(f"{config.output.name}.training")
+    return folder / f"member_{member}.orbcalc"
+
+
+def _refuse_other_run(config: TrainConfig, path: Path) -> None:
+    """Write down what is trained here, and refuse to go on with something else."""
+    text = config.model_dump_json()
+    if path.exists() and path.read_text() != text:
+        raise CheckpointError(
+            f"{path.parent} holds an unfinished training of another configuration. "
+            f"Restore that configuration to go on, or delete the folder."
+        )
+    path.write_text(text)
+
+
+def _methods(structures: list[Atoms]) -> dict[str, str]:
+    """Return the method behind each kind of label, and refuse a mixture."""
+    methods = {}
+    for kind, key in (("reference", REF_METHOD), ("charges", XTB_METHOD)):
+        found = sorted({str(a.info[key]) for a in structures if key in a.info})
+        if len(found) > 1:
+            raise LabelConflictError(
+                f"{kind} labels of different methods cannot be trained on together: "
+                f"{'; '.join(found)}. Label all structures with one of them."
+            )
+        if found:
+            methods[kind] = found[0]
+    return methods
+
+
+def _content_hash(structures: list[Atoms]) -> str:
+    digest = hashlib.sha256()
+    for atoms in structures:
+        label = [structure_key(atoms), atoms.info.get(REF_ENERGY)]
+        digest.update(json.dumps(label, default=float).encode())
+    return digest.hexdigest()

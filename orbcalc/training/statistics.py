@@ -1,0 +1,142 @@
+"""What is fixed before training: reference energies and the scales of all quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from ase.data import atomic_numbers, chemical_symbols
+from e3nn.o3 import Irreps
+from jaxtyping import Float
+from torch import Tensor
+
+from orbcalc.config import PotentialConfig
+from orbcalc.errors import ConfigError
+from orbcalc.model.basis import polynomial_cutoff
+from orbcalc.model.potential import Statistics
+from orbcalc.orbitals import diagonal_basis
+from orbcalc.properties import BLOCK_IRREPS
+from orbcalc.training.dataset import LabelDataset
+
+__all__ = ["charge_targets", "fit_statistics"]
+
+#: A spread below this share of the largest one is taken for noise (e).
+_MIN_CHARGE_SCALE = 1e-3
+
+
+def fit_statistics(
+    dataset: LabelDataset,
+    config: PotentialConfig,
+    reference_energies: Mapping[str, float] | None = None,
+) -> Statistics:
+    """Measure the training set.
+
+    Parameters
+    ----------
+    dataset
+        Training structures; structures without a label simply do not count for it.
+    config
+        Of the potential.
+    reference_energies
+        Energy of each lone atom by symbol, eV; by default a least-squares fit of the energies.
+
+    Raises
+    ------
+    ConfigError
+        If reference energies are given, but not for every element.
+    """
+    elements = dataset.elements
+    counts = torch.stack(
+        [torch.bincount(g.numbers, minlength=119)[elements].double() for g in dataset.graphs]
+    )
+    energies = torch.cat([targets.energy for targets in dataset.targets])
+    labelled = torch.isfinite(energies)
+    if reference_energies is not None:
+        reference = _given_energies(reference_energies, elements)
+    elif labelled.any():
+        reference = torch.linalg.lstsq(
+            counts[labelled], energies[labelled, None], driver="gelsd"
+        ).solution[:, 0]
+    else:
+        reference = torch.zeros(len(elements), dtype=torch.float64)
+    shift, scale = _charge_statistics(dataset, elements, config)
+    return Statistics(
+        reference_energies=reference,
+        energy_scale=_energy_scale(dataset, energies - counts @ reference, counts.sum(1)),
+        neighbor_scale=_neighbor_scale(dataset, config.cutoff),
+        charge_shift=shift,
+        charge_scale=scale,
+    )
+
+
+def charge_targets(
+    blocks: Float[Tensor, "n_atoms 23"], config: PotentialConfig
+) -> Float[Tensor, "n_atoms n_components"]:
+    """Turn charge blocks into what the charge head of a potential predicts."""
+    if config.charge_head != "invariant":
+        return blocks
+    basis = torch.as_tensor(diagonal_basis(), dtype=blocks.dtype, device=blocks.device)
+    absent = torch.isnan(blocks).to(blocks.dtype) @ basis.abs() > 0
+    return torch.where(absent, torch.nan, torch.nan_to_num(blocks) @ basis)
+
+
+def _given_energies(given: Mapping[str, float], elements: list[int]) -> Tensor:
+    unknown = [symbol for symbol in given if symbol not in atomic_numbers]
+    missing = [chemical_symbols[z] for z in elements if chemical_symbols[z] not in given]
+    if unknown or missing:
+        raise ConfigError(
+            f"reference_energies: unknown symbols {unknown}, missing elements {missing}. "
+            f"Give one energy in eV for each element of the training set, or leave it out."
+        )
+    return torch.tensor([given[chemical_symbols[z]] for z in elements], dtype=torch.float64)
+
+
+def _energy_scale(dataset: LabelDataset, residuals: Tensor, n_atoms: Tensor) -> float:
+    """Return the RMS of the force components (eV/Å x 1 Å), or of the energy left per sqrt(atom)."""
+    forces = torch.cat([targets.forces for targets in dataset.targets])
+    forces = forces[torch.isfinite(forces)]
+    left = (residuals / n_atoms.sqrt())[torch.isfinite(residuals)]
+    for values in (forces, left):
+        if len(values) and (size := float(values.pow(2).mean().sqrt())) > 1e-6:
+            return size
+    return 1.0
+
+
+def _neighbor_scale(dataset: LabelDataset, cutoff: float) -> float:
+    total, n_atoms = 0.0, 0
+    for graph in dataset.graphs:
+        envelope = polynomial_cutoff(graph.edge_vectors().norm(dim=-1), cutoff)
+        total += float(torch.where(graph.mask, envelope, 0.0).pow(2).sum())
+        n_atoms += graph.n_atoms
+    return max(total / n_atoms, 1.0) ** 0.5
+
+
+def _charge_statistics(
+    dataset: LabelDataset, elements: list[int], config: PotentialConfig
+) -> tuple[Tensor, Tensor]:
+    """Return mean and spread of the charge labels by element and component.
+
+    Components of one irrep share their spread, and only scalars have a mean: anything else
+    would break the symmetry.
+    """
+    targets = charge_targets(torch.cat([t.charges for t in dataset.targets]), config)
+    numbers = torch.cat([graph.numbers for graph in dataset.graphs])
+    n_components = targets.shape[1]
+    shift = torch.zeros(len(elements), n_components, dtype=torch.float64)
+    scale = torch.ones(len(elements), n_components, dtype=torch.float64)
+    if config.charge_head == "invariant":
+        spans = [(slice(k, k + 1), 0) for k in (0, 1)] + [(slice(2, 5), 0), (slice(5, 10), 0)]
+    else:
+        irreps = Irreps(BLOCK_IRREPS)
+        spans = [(s, ir.l) for s, (_, ir) in zip(irreps.slices(), irreps, strict=True)]
+    for row, number in enumerate(elements):
+        own = targets[numbers == number]
+        for span, degree in spans:
+            values = own[:, span][torch.isfinite(own[:, span])]
+            if len(values) == 0:
+                continue
+            mean = values.mean() if degree == 0 else values.new_zeros(())
+            shift[row, span] = mean
+            scale[row, span] = (values - mean).pow(2).mean().sqrt()
+    floor = _MIN_CHARGE_SCALE * max(1.0, float(scale.max()))
+    return shift, scale.clamp_min(floor)

@@ -1,0 +1,108 @@
+"""What imports what, and what importing leaves alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import orbcalc
+
+ROOT = Path(__file__).parent.parent
+HEAVY = "{'torch', 'e3nn', 'dask', 'distributed', 'tblite', 'numpy', 'ase'}"
+
+#: Everything of the process that an import could disturb.
+STATE = """
+import os, sys, warnings, logging, random, decimal, locale
+import numpy, torch, ase.calculators.calculator as ase_calculators, ase.io.formats as formats
+import ase.db, yaml, matplotlib
+def state():
+    return {
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "dtype": torch.get_default_dtype(),
+        "torch threads": torch.get_num_threads(),
+        "torch seed": torch.initial_seed(),
+        "torch state": torch.get_rng_state().tolist(),
+        "numpy state": numpy.random.get_state()[1].tolist(),
+        "numpy errors": numpy.geterr(),
+        "random state": random.getstate(),
+        "ase names": list(ase_calculators.names),
+        "ase calculators": sorted(ase_calculators.external_calculators),
+        "ase properties": list(ase_calculators.all_properties),
+        "ase formats": sorted(formats.ioformats),
+        "log handlers": list(logging.getLogger().handlers),
+        "log level": logging.getLogger().level,
+        "excepthook": sys.excepthook,
+        "folder": os.getcwd(),
+    }
+"""
+
+
+def run(code: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_contracts_hold() -> None:
+    done = subprocess.run(["lint-imports", "--no-cache"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_the_top_module_loads_nothing() -> None:
+    assert run(f"import orbcalc, sys; print({HEAVY} & set(sys.modules))") == "set()\n"
+
+
+@pytest.mark.parametrize("module", ["store", "xtb", "reference", "dft", "process", "worker"])
+def test_labels_load_neither_torch_nor_dask(module: str) -> None:
+    loaded = f"{{'torch', 'e3nn', 'dask', 'distributed'}} & set(sys.modules)"
+    assert run(f"import orbcalc.labels.{module}, sys; print({loaded})") == "set()\n"
+
+
+def test_public_names_are_those_of_their_modules() -> None:
+    import orbcalc.active.labelling
+    import orbcalc.active.loop
+    import orbcalc.calculator
+    import orbcalc.training.run
+
+    assert orbcalc.OrbcalcCalculator is orbcalc.calculator.OrbcalcCalculator
+    assert orbcalc.predict is orbcalc.calculator.predict
+    assert orbcalc.label is orbcalc.active.labelling.label
+    assert orbcalc.train is orbcalc.training.run.train
+    assert orbcalc.run is orbcalc.active.loop.run
+    assert set(orbcalc.__all__) <= set(dir(orbcalc))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'orbcalc' has no attribute 'potential'"):
+        orbcalc.potential  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_version_has_one_source() -> None:
+    assert version("orbcalc") == orbcalc.__version__
+
+
+def test_importing_everything_leaves_the_process_alone() -> None:
+    modules = sorted(
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        for path in (ROOT / "orbcalc").rglob("*.py")
+    )
+    # distributed and the like are loaded first: what they do to a process is not ours.
+    code = f"""
+{STATE}
+import distributed, e3nn, e3nn.o3, tblite.interface, vesin, typer, rich, jinja2, matplotlib.pyplot
+import scipy.stats, scipy.special, pydantic, safetensors.torch, jaxtyping, tblite.ase
+before = state()
+import importlib
+for module in {modules!r}:
+    importlib.import_module(module)
+after = state()
+print(len({modules!r}), [name for name in before if before[name] != after[name]])
+"""
+    assert run(code) == f"{len(modules)} []\n"
