@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,24 +46,20 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Configu
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("orbcalc").addHandler(handler)
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except click.Abort:
-        code = 1
+        app()
     except ConfigError as error:
         console.print(f"[red]error:[/] {_plain(error)}", highlight=False)
-        code = 2
+        sys.exit(2)
     except (OrbcalcError, OSError) as error:
         console.print(f"[red]error:[/] {_plain(error)}", highlight=False)
-        code = 1
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; start the same command again to go on")
-        code = 1
-    sys.exit(int(code or 0))
+        sys.exit(1)
 
 
 @app.command("label")
@@ -89,7 +85,7 @@ def label_command(
     stress: Annotated[bool, typer.Option(help="Reference stress.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one label may take.")] = 600.0,
     dask: Dask = None,
-) -> int:
+) -> None:
     """Label structures: GFN1-xTB orbital charges, reference energies and forces."""
     from orbcalc.active.executor import open_executor
     from orbcalc.active.folder import write_structures
@@ -140,11 +136,10 @@ def label_command(
     output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")
     if failed:
         console.print(f"[yellow]{failed} new labels failed[/]: see {labels.path}; never trained on")
-    return 0
 
 
 @app.command()
-def train(config_file: ConfigFile) -> int:
+def train(config_file: ConfigFile) -> None:
     """Train a potential or a committee; the same command again goes on after a kill."""
     from orbcalc.active.folder import append_json
     from orbcalc.config import TrainConfig, load_config
@@ -161,7 +156,6 @@ def train(config_file: ConfigFile) -> int:
         train_model(config, report)
     output.print(f"model written to {config.output}, metrics to {metrics}")
     _print_model(config.output)
-    return 0
 
 
 @app.command()
@@ -170,7 +164,7 @@ def evaluate(
     structures: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
     device: str = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> int:
+) -> None:
     """Compare a model with the labels of structures."""
     from orbcalc.model.checkpoint import load_model
     from orbcalc.training.dataset import LabelDataset
@@ -191,7 +185,8 @@ def evaluate(
         output.print_json(json.dumps({"structures": len(dataset), **errors}))
     else:
         _print_errors(errors, f"{len(dataset)} structures")
-    return 0 if all(value == value for value in errors.values()) else 1
+    if not all(math.isfinite(value) for value in errors.values()):
+        raise OrbcalcError("the model predicts NaN for some of these structures")
 
 
 @app.command("run")
@@ -201,7 +196,7 @@ def run_command(
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run folder, instead of the config's.")
     ] = None,
-) -> int:
+) -> None:
     """Run the active-learning loop, or go on with it."""
     from orbcalc.active.loop import run
     from orbcalc.config import RunConfig, load_config
@@ -220,11 +215,12 @@ def run_command(
     page = write_report(config.output)
     output.print(certificate.statement, highlight=False)
     output.print(f"model: {config.output / 'model.orbcalc'}\nreport: {page}", highlight=False)
-    return 0 if certificate.certified else 1
+    if not certificate.certified:
+        raise typer.Exit(1)
 
 
 @app.command()
-def check(config_file: ConfigFile) -> int:
+def check(config_file: ConfigFile) -> None:
     """Check a configuration and its data, and time one label, before anything is started."""
     from orbcalc.config import RunConfig, TrainConfig, load_config
 
@@ -233,11 +229,10 @@ def check(config_file: ConfigFile) -> int:
         _check_run(load_config(config_file, RunConfig))
     else:
         _check_training(load_config(config_file, TrainConfig))
-    return 0
 
 
 @app.command()
-def info(path: Annotated[Path, typer.Argument(help="Model file, label store or run folder.")]) -> int:
+def info(path: Annotated[Path, typer.Argument(help="Model file, label store or run folder.")]) -> None:
     """Say what a model, a label store or a run folder holds."""
     if path.is_dir():
         _print_run(path)
@@ -251,22 +246,20 @@ def info(path: Annotated[Path, typer.Argument(help="Model file, label store or r
         _print_census(store.census())
     else:
         _print_model(path)
-    return 0
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> int:
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Write the HTML page of a run and its figures."""
     from orbcalc.report import write_report
 
     output.print(f"{write_report(run_folder)}", highlight=False)
-    return 0
 
 
 @app.command()
 def schema(
     name: Annotated[str, typer.Argument(help="run or train")] = "run",
-) -> int:
+) -> None:
     """Print the JSON schema of a configuration."""
     from orbcalc.config import RunConfig, TrainConfig
 
@@ -274,7 +267,6 @@ def schema(
     if name not in models:
         raise ConfigError(f"there is no schema {name!r}; give one of {', '.join(models)}")
     output.print_json(json.dumps(models[name].model_json_schema()))
-    return 0
 
 
 # ----------------------------------------------------------------------------- progress

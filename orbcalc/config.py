@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from typing_extensions import Self
 
 from orbcalc.errors import ConfigError
 
@@ -390,7 +389,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         if isinstance(value, StrictModel):
             update[name] = _resolve_paths(value, folder)
         elif name == "start_from" and isinstance(value, Path):
-            update[name] = value if value.is_absolute() else folder / value
+            update[name] = (folder / value).resolve()
         elif isinstance(value, tuple) and value and all(isinstance(v, Path) for v in value):
-            update[name] = tuple(v if v.is_absolute() else folder / v for v in value)
+            update[name] = tuple((folder / v).resolve() for v in value)
     return config.model_copy(update=update)

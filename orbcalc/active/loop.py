@@ -387,8 +387,8 @@ class ActiveLearning:
         if not files.train.exists():
             self._write_training_set(number, files, pool)
         train_config = load_config(files.train, TrainConfig)
-        tasks = [
-            TrainTask(str(files.train.absolute()), member, str(self.folder.metrics.absolute()), number)
+        tasks: list[TrainTask] = [
+            (str(files.train.absolute()), member, str(self.folder.metrics.absolute()), number)
             for member in range(self.config.committee)
         ]
         for task, outcome in self.executor.map(
@@ -521,7 +521,7 @@ def _held_out(keys: Sequence[str], fraction: float) -> list[bool]:
     """Choose validation structures by their content hash, so that the choice never changes."""
     if len(keys) < 2:
         raise ConfigError(f"{len(keys)} labelled structure(s) are too few to train on")
-    scores = [int(key[:12], 16) / 16**12 for key in keys]
+    scores = [int(key[-12:], 16) / 16**12 for key in keys]
     out = [score < fraction for score in scores]
     if not any(out) or all(out):
         lowest = int(np.argmin(scores))

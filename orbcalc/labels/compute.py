@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from ase import Atoms
@@ -16,7 +17,7 @@ from orbcalc.labels.xtb import (
     xtb_provenance,
 )
 
-__all__ = ["compute_label", "label_kinds", "label_provenance"]
+__all__ = ["compute_label", "label_kinds", "label_provenance", "prepare"]
 
 
 def label_kinds(config: LabelConfig) -> tuple[Kind, ...]:
@@ -41,6 +42,20 @@ def compute_label(atoms: Atoms, kind: Kind, config: LabelConfig) -> Label:
         made, a quantity that it does not have.
     """
     return _labeler(kind, config.model_dump_json()).label(atoms)
+
+
+def prepare(kinds: Sequence[Kind], config: LabelConfig) -> None:
+    """Load the programs behind labels, so that the first label takes no longer than others.
+
+    Raises
+    ------
+    ConfigError, LabelError
+        If a program is missing, a calculator cannot be made, or tblite is not deterministic.
+    """
+    for kind in kinds:
+        labeler = _labeler(kind, config.model_dump_json())
+        if isinstance(labeler, ReferenceLabeler):
+            labeler.load()
 
 
 @lru_cache(maxsize=8)

@@ -64,7 +64,7 @@ class PySCFCalculator(Calculator):
         grid_level: int = 3,
     ) -> None:
         try:
-            import pyscf  # type: ignore[import-untyped]  # noqa: F401
+            import pyscf.dft  # type: ignore[import-untyped]  # noqa: F401
         except ImportError as error:
             raise ConfigError(MISSING) from error
         super().__init__(  # type: ignore[no-untyped-call]

@@ -105,22 +105,34 @@ class WorkerProcess:
         return outcome
 
     def map(
-        self, function: str, tuples: Iterable[tuple[Any, ...]], *, timeout_s: float
+        self,
+        function: str,
+        tuples: Iterable[tuple[Any, ...]],
+        *,
+        timeout_s: float,
+        setup: tuple[str, tuple[Any, ...]] | None = None,
     ) -> Iterator[Any]:
         """Run a function for each tuple of arguments, in order.
 
         Results come one by one; for a call that fails, the exception is the result. A timeout
         (seconds, of each call) or a crash costs only the call that it happens in.
 
+        ``setup`` names a function and its arguments, to be run first, and again in the process
+        that follows a timeout or crash. What it imports does not count as time of the calls.
+
         Raises
         ------
         LabelError
-            If the worker cannot be started.
+            If the worker cannot be started, or dies in the setup.
+        Exception
+            Whatever the setup raises.
         """
         waiting = deque(tuples)
         try:
             while waiting:
                 self._start()
+                if setup is not None:
+                    self._set_up(*setup)
                 try:
                     self._send((function, list(waiting)))
                     while waiting:
@@ -180,6 +192,15 @@ class WorkerProcess:
             self._receive(START_TIMEOUT_S)
         except (WorkerTimeout, WorkerCrashed) as error:
             raise LabelError(f"the label worker does not start: {error}") from error
+
+    def _set_up(self, function: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            self._send((function, [arguments]))
+            outcome = self._receive_answer(START_TIMEOUT_S)
+        except (WorkerTimeout, WorkerCrashed) as error:
+            raise LabelError(f"the label worker fails in {function}: {error}") from error
+        if isinstance(outcome, Exception):
+            raise outcome
 
     def _send(self, request: Any) -> None:
         assert self._connection is not None
@@ -248,8 +269,8 @@ def label_structures(
 ) -> Iterator[list[Label]]:
     """Label structures in a worker, one after the other, and yield the labels of each.
 
-    Timeouts (``config.timeout_s`` for each label) and crashes become a status. ``kinds`` are
-    those of the configuration by default.
+    Timeouts (``config.timeout_s`` for each label, without imports) and crashes become a status.
+    ``kinds`` are those of the configuration by default.
 
     Raises
     ------
@@ -262,6 +283,7 @@ def label_structures(
         "orbcalc.labels.compute:compute_label",
         ((atoms, kind, config) for atoms in plain for kind in kinds),
         timeout_s=config.timeout_s,
+        setup=("orbcalc.labels.compute:prepare", (kinds, config)),
     )
     with contextlib.closing(outcomes):  # type: ignore[type-var]  # it is a generator
         for atoms in plain:

@@ -53,6 +53,20 @@ class ReferenceLabeler:
         """
         return attempt(atoms, "reference", self.provenance, self._values)
 
+    def load(self) -> None:
+        """Import the program and make the calculator now, not with the first structure.
+
+        Raises
+        ------
+        ConfigError
+            If the calculator cannot be made.
+        """
+        name = self.config.reference.calculator
+        if name == GFN2:
+            import tblite.interface  # noqa: F401
+        elif name != "file" and self._calculator is None:
+            self._calculator = _make_calculator(self.config.reference)
+
     def _values(self, atoms: Atoms) -> Values:
         wanted = wanted_quantities(atoms, self.config)
         if self.config.reference.calculator == "file":
@@ -62,8 +76,7 @@ class ReferenceLabeler:
             return xtb_values(
                 GFN2, atoms, settings, forces="forces" in wanted, stress="stress" in wanted
             )
-        if self._calculator is None:
-            self._calculator = _make_calculator(self.config.reference)
+        self.load()
         try:
             return _ase_values(self._calculator, atoms, wanted)
         except BaseException as error:

@@ -119,7 +119,6 @@ def xtb_values(
     return _energy_and_derivatives(result, atoms, forces=forces, stress=stress)
 
 
-@cache
 def make_ase_calculator(method: str, atoms: Atoms) -> Any:
     """Return tblite's own ASE calculator for MD of one structure, with its charge and spin."""
     from tblite.ase import TBLite
@@ -128,6 +127,7 @@ def make_ase_calculator(method: str, atoms: Atoms) -> Any:
     return TBLite(method=method, charge=charge, multiplicity=multiplicity, verbosity=0)
 
 
+@cache
 def element_shells(atomic_number: int) -> tuple[int, ...]:
     """Return the angular momenta of an element's GFN1 shells, in tblite's order (no SCF is run).
 

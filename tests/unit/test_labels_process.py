@@ -52,6 +52,11 @@ def grandchild(path):
         file.write(f"{os.getpid()} {child.pid}")
     time.sleep(60)
 
+def note(path):
+    time.sleep(0.5)
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+
 def leave_a_child():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
     os._exit(3)
@@ -219,6 +224,20 @@ def test_a_worker_that_cannot_start(monkeypatch):
         WorkerProcess().call("math:sqrt", 1.0, timeout_s=30.0)
 
 
+def test_setup_runs_first_and_after_each_restart(worker, tmp_path):
+    log = tmp_path / "log"
+    setup = ("worker_helpers:note", (str(log),))
+    outcomes = list(worker.map("time:sleep", [(0,), (60,), (0,)], timeout_s=0.3, setup=setup))
+    assert isinstance(outcomes[1], WorkerTimeout)
+    assert outcomes[::2] == [None, None]
+    first, second = log.read_text().split()
+    assert first != second
+    with pytest.raises(ValueError, match="on purpose"):
+        list(worker.map("time:sleep", [(0,)], timeout_s=0.3, setup=("worker_helpers:fail", ())))
+    with pytest.raises(LabelError, match="fails in os:abort"):
+        list(worker.map("time:sleep", [(0,)], timeout_s=0.3, setup=("os:abort", ())))
+
+
 def test_labels_of_one_structure(worker):
     atoms = structures.water()
     charges, reference = label_structure(worker, atoms, LabelConfig())
@@ -234,7 +253,6 @@ def test_labels_of_one_structure(worker):
 def test_timeouts_and_crashes_are_a_status(worker):
     reference = ReferenceConfig(calculator="worker_helpers:Moody", version="1")
     config = LabelConfig(reference=reference, timeout_s=1.0)
-    label_structure(worker, structures.water(), LabelConfig())  # imports do not count below
     pool = [structures.lone_atom("N"), structures.water(), structures.sulfur_hexafluoride()]
     labels = [
         labels for (labels,) in label_structures(worker, [*pool, pool[0]], config, ["reference"])

@@ -221,7 +221,7 @@ def label_of(number, kind, status, forces):
     return Label(base.key, kind, base.status, PROVENANCE, base.values, 0.5, base.message)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(LABELS, st.data())
 def test_merging_in_any_order_and_batches(tmp_path_factory, wanted, data):
     """Whatever the order and the batches, the best label of each kind is kept."""
