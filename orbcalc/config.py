@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-
 from orbcalc.errors import ConfigError
 
 __all__ = [

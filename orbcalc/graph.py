@@ -179,7 +179,7 @@ class _SumReverse(torch.autograd.Function):
         ctx.save_for_backward(*edges)
         _, reverse, mask = edges
         incoming = values.flatten(0, 1)[reverse]
-        return torch.einsum("nk...,nk->n...", incoming, mask.to(values.dtype))
+        return (incoming * mask.reshape(*mask.shape, *[1] * (values.dim() - 2))).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

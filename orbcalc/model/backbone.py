@@ -36,7 +36,8 @@ class EdgeBasis:
 
     radial: Float[Tensor, "n_atoms n_slots n_radial"]
     envelope: Float[Tensor, "n_atoms n_slots 1"]
-    harmonics: Float[Tensor, "n_atoms n_slots n_harmonics"]
+    harmonics: tuple[Float[Tensor, "n_atoms _ n_slots"], ...]
+    """One contiguous tensor for each degree: batched products are slow on slices."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,16 @@ class NeighborDensity(nn.Module):
         if self.l_in > 0:
             tensors = gather_neighbors(hidden[1:].transpose(0, 1).contiguous(), graph)
             for degree in range(1, self.l_in + 1):
-                span = slice(degree**2, (degree + 1) ** 2)
-                own = slice(span.start - 1, span.stop - 1)
+                own = slice(degree**2 - 1, (degree + 1) ** 2 - 1)
                 tensor = tensors[:, :, own]  # (n, slots, 2l + 1, channels)
-                towards = torch.einsum("nkm,nkmc->nkc", edges.harmonics[..., span], tensor)
-                towards = towards / math.sqrt(2 * degree + 1)
+                harmonics = edges.harmonics[degree].transpose(1, 2)[..., None]
+                towards = (harmonics * tensor).sum(2) / math.sqrt(2 * degree + 1)
                 shown = shown + towards * filters[:, :, self.l_max + degree]
-                through = filters[:, :, self.l_max + self.l_in + degree]
-                passed.append(torch.einsum("nkc,nkmc->nmc", through, tensor))
+                through = filters[:, :, self.l_max + self.l_in + degree, None]
+                passed.append((through * tensor).sum(1))
         density = [
-            edges.harmonics[..., degree**2 : (degree + 1) ** 2].transpose(1, 2)
-            @ (filters[:, :, degree] * shown)
-            for degree in range(self.l_max + 1)
+            harmonics @ (filters[:, :, degree] * shown)
+            for degree, harmonics in enumerate(edges.harmonics)
         ]
         for degree, message in enumerate(passed, start=1):
             density[degree] = density[degree] + message
@@ -226,5 +225,8 @@ class Backbone(nn.Module):
         return EdgeBasis(
             radial=bessel_basis(distances, self.config.cutoff, self.config.radial_functions),
             envelope=envelope[..., None],
-            harmonics=self.harmonics(vectors / distances[..., None]),
+            harmonics=tuple(
+                part.transpose(1, 2).contiguous()
+                for part in self.harmonics(vectors / distances[..., None])
+            ),
         )

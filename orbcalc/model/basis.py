@@ -71,8 +71,8 @@ class SphericalHarmonics(nn.Module):
 
     def forward(
         self, directions: Float[Tensor, "*edges 3"]
-    ) -> Float[Tensor, "*edges n_harmonics"]:
-        """Evaluate all (l_max + 1)² harmonics, degree by degree."""
+    ) -> list[Float[Tensor, "*edges n_components"]]:
+        """Evaluate the 2l + 1 harmonics of each degree l = 0 ... l_max."""
         harmonics = [torch.ones_like(directions[..., :1])]
         if self.l_max > 0:
             vector = math.sqrt(3.0) * directions
@@ -80,4 +80,4 @@ class SphericalHarmonics(nn.Module):
         for degree in range(1, self.l_max):
             product = (harmonics[-1][..., :, None] * vector[..., None, :]).flatten(-2)
             harmonics.append(product @ self.get_buffer(f"coupling_{degree}"))
-        return torch.cat(harmonics, dim=-1)
+        return harmonics

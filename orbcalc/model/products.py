@@ -26,19 +26,16 @@ def degree_of_component(l_max: int) -> Tensor:
 class DegreeLinear(nn.Module):
     """Mix the channels of each degree with a matrix of its own."""
 
+    degree: Tensor
+
     def __init__(self, l_max: int, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.l_max = l_max
         self.weight = nn.Parameter(torch.randn(l_max + 1, n_in, n_out) / math.sqrt(n_in))
+        self.register_buffer("degree", degree_of_component(l_max), persistent=False)
 
     def forward(self, features: Float[Tensor, "m n n_in"]) -> Float[Tensor, "m n n_out"]:
         """Mix the channels of as many degrees as the features hold."""
-        n_degrees = math.isqrt(features.shape[0])
-        mixed = [
-            features[degree**2 : (degree + 1) ** 2] @ self.weight[degree]
-            for degree in range(n_degrees)
-        ]
-        return torch.cat(mixed)
+        return torch.bmm(features, self.weight.index_select(0, self.degree[: features.shape[0]]))
 
 
 class ProductBasis(nn.Module):
@@ -51,6 +48,9 @@ class ProductBasis(nn.Module):
 
     coupling: Tensor
     path_of_row: Tensor
+    gather: Tensor
+    left: Tensor
+    right: Tensor
 
     def __init__(
         self,
@@ -65,15 +65,20 @@ class ProductBasis(nn.Module):
         super().__init__()
         self.l_out = l_out
         left, right = _component_pairs(l_left, l_right, symmetric)
-        rows, path_of_row, self.rows_of_degree = _coupling_rows(
-            l_left, l_right, l_out, left, right, symmetric
-        )
-        n_paths = int(path_of_row.max()) + 1
+        rows, path_of_row, paths = _coupling_rows(l_left, l_right, l_out, left, right, symmetric)
+        # Row r holds component m3 of its path: this matrix adds up the paths of each component.
+        gather = torch.zeros((l_out + 1) ** 2, len(rows), dtype=torch.float64)
+        for degree, start in paths:
+            n_paths = sum(other == degree for other, _ in paths)
+            for m in range(2 * degree + 1):
+                gather[degree**2 + m, start + m] = 1 / math.sqrt(n_paths)
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
         self.register_buffer("coupling", rows, persistent=False)
+        self.register_buffer("gather", gather, persistent=False)
         self.register_buffer("path_of_row", path_of_row, persistent=False)
-        self.weight = nn.Parameter(size * torch.randn(n_paths, channels))
+        self.n_rows = [int((gather[: (k + 1) ** 2] != 0).any(0).sum()) for k in range(l_out + 1)]
+        self.weight = nn.Parameter(size * torch.randn(len(paths), channels))
 
     def forward(
         self,
@@ -82,16 +87,13 @@ class ProductBasis(nn.Module):
         l_out: int | None = None,
     ) -> Float[Tensor, "m3 n channels"]:
         """Multiply and couple, up to the degree asked for."""
-        spans = self.rows_of_degree[: (self.l_out if l_out is None else l_out) + 1]
-        n_rows = spans[-1][1]
-        pairs = left[self.get_buffer("left")] * right[self.get_buffer("right")]
+        l_out = self.l_out if l_out is None else l_out
+        n_rows, n_out = self.n_rows[l_out], (l_out + 1) ** 2
+        pairs = left.index_select(0, self.left) * right.index_select(0, self.right)
         coupled = (self.coupling[:n_rows] @ pairs.flatten(1)).unflatten(1, pairs.shape[1:])
-        coupled = coupled * self.weight[self.path_of_row[:n_rows], None]
-        outputs = [
-            coupled[start:stop].unflatten(0, (n_paths, -1)).sum(0) / math.sqrt(n_paths)
-            for start, stop, n_paths in spans
-        ]
-        return torch.cat(outputs)
+        weighted = coupled * self.weight.index_select(0, self.path_of_row[:n_rows])[:, None]
+        summed = self.gather[:n_out, :n_rows] @ weighted.flatten(1)
+        return summed.unflatten(1, pairs.shape[1:])
 
 
 def _component_pairs(l_left: int, l_right: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -103,15 +105,15 @@ def _component_pairs(l_left: int, l_right: int, symmetric: bool) -> tuple[Tensor
 
 def _coupling_rows(
     l_left: int, l_right: int, l_out: int, left: Tensor, right: Tensor, symmetric: bool
-) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
-    """Return the constant matrix, the path of each of its rows, and (start, stop, paths) by degree.
+) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Return the constant matrix, the path of each of its rows, and (degree, first row) of paths.
 
     Rows are scaled so that independent inputs of unit variance give outputs of unit variance.
     """
-    rows, path_of_row, spans = [], [], []
-    n_rows = n_paths = 0
+    rows: list[Tensor] = []
+    path_of_row: list[int] = []
+    paths: list[tuple[int, int]] = []
     for l3 in range(l_out + 1):
-        start, first_path = n_rows, n_paths
         for l1 in range(l_left + 1):
             for l2 in range(l1 if symmetric else 0, l_right + 1):
                 if (l1 + l2 + l3) % 2 or not abs(l1 - l2) <= l3 <= l1 + l2:
@@ -122,9 +124,7 @@ def _coupling_rows(
                 if symmetric:  # keep pairs with left <= right, the others folded onto them
                     folded = dense + dense.transpose(1, 2)
                     dense = torch.where(torch.eye(dense.shape[1]).bool(), dense, folded)
+                paths.append((l3, len(path_of_row)))
+                path_of_row += [len(paths) - 1] * (2 * l3 + 1)
                 rows.append(dense[:, left, right])
-                path_of_row += [n_paths] * (2 * l3 + 1)
-                n_rows += 2 * l3 + 1
-                n_paths += 1
-        spans.append((start, n_rows, n_paths - first_path))
-    return torch.cat(rows), torch.tensor(path_of_row), spans
+    return torch.cat(rows), torch.tensor(path_of_row), paths
