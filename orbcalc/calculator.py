@@ -85,7 +85,7 @@ class OrbcalcCalculator(Calculator):
         *,
         skin: float = 0.5,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.metadata = open_model(model, device=device, dtype=dtype)
         self._skin_list = SkinList(self.model.cutoff, skin)
         self._checked_build = 0
@@ -114,7 +114,7 @@ class OrbcalcCalculator(Calculator):
         PropertyNotImplementedError
             If the model has no such property, or the structure no volume for a stress.
         """
-        super().calculate(atoms, properties, system_changes)
+        super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
         current = self.atoms
         assert current is not None
         graph = self._updated_graph(current)
@@ -151,7 +151,9 @@ class OrbcalcCalculator(Calculator):
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:
         if "stress" in properties and not bool(graph.is_periodic.all()):
             raise PropertyNotImplementedError("stress needs a periodic structure with a volume")
-        if {"charges", "orbital_charges"} & set(properties) and self.model.first.charge_head is None:
+        if {"charges", "orbital_charges"} & set(
+            properties
+        ) and self.model.first.charge_head is None:
             raise PropertyNotImplementedError(
                 "this model was trained without charges; train it with tasks: {charges: 0.3}"
             )

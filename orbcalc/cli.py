@@ -168,7 +168,7 @@ def evaluate(
     """Compare a model with the labels of structures."""
     from orbcalc.model.checkpoint import load_model
     from orbcalc.training.dataset import LabelDataset
-    from orbcalc.training.run import load_labelled, test_errors
+    from orbcalc.training.run import load_labelled, model_errors
     from orbcalc.training.trainer import resolve_device
 
     committee, _ = load_model(model, device=resolve_device(device))
@@ -178,7 +178,7 @@ def evaluate(
     dataset = LabelDataset(labelled, committee.cutoff)
     census = dataset.census()
     names = ["energy"] + [name for name in ("forces", "stress", "charges") if census[name]]
-    errors = test_errors(committee, dataset, names)
+    errors = model_errors(committee, dataset, names)
     if not errors:
         raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")
     if as_json:
@@ -232,7 +232,9 @@ def check(config_file: ConfigFile) -> None:
 
 
 @app.command()
-def info(path: Annotated[Path, typer.Argument(help="Model file, label store or run folder.")]) -> None:
+def info(
+    path: Annotated[Path, typer.Argument(help="Model file, label store or run folder.")],
+) -> None:
     """Say what a model, a label store or a run folder holds."""
     if path.is_dir():
         _print_run(path)
@@ -242,7 +244,7 @@ def info(path: Annotated[Path, typer.Argument(help="Model file, label store or r
         store = LabelStore(path, create=False)
         output.print(f"{len(store)} structures")
         for kind in ("charges", "reference"):
-            output.print(f"{kind}: {store.provenance(kind) or 'none'}")  # type: ignore[arg-type]
+            output.print(f"{kind}: {store.provenance(kind) or 'none'}")
         _print_census(store.census())
     else:
         _print_model(path)
@@ -261,9 +263,11 @@ def schema(
     name: Annotated[str, typer.Argument(help="run or train")] = "run",
 ) -> None:
     """Print the JSON schema of a configuration."""
+    from pydantic import BaseModel
+
     from orbcalc.config import RunConfig, TrainConfig
 
-    models = {"run": RunConfig, "train": TrainConfig}
+    models: dict[str, type[BaseModel]] = {"run": RunConfig, "train": TrainConfig}
     if name not in models:
         raise ConfigError(f"there is no schema {name!r}; give one of {', '.join(models)}")
     output.print_json(json.dumps(models[name].model_json_schema()))

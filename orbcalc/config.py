@@ -87,7 +87,9 @@ class PotentialConfig(StrictModel):
     """Architecture of the potential; elements and statistics come from the training data."""
 
     cutoff: float = Field(default=5.0, gt=0.5, le=20, description="Å")
-    channels: int = Field(default=32, ge=4, le=1024, description="feature channels per irrep component")
+    channels: int = Field(
+        default=32, ge=4, le=1024, description="feature channels per irrep component"
+    )
     layers: int = Field(default=2, ge=1, le=4, description="rounds of message passing")
     l_max: int = Field(
         default=3, ge=0, le=4, description="highest spherical harmonic of the neighbour density"
@@ -187,7 +189,7 @@ class TrainConfig(StrictModel):
 class MDConfig(StrictModel):
     """Langevin MD that proposes structures for the pool."""
 
-    temperature_K: float = Field(default=500.0, gt=0)
+    temperature_K: float = Field(default=500.0, gt=0)  # noqa: N815  (ASE's name)
     timestep_fs: float = Field(default=0.5, gt=0)
     friction_per_fs: float = Field(default=0.02, gt=0)
     walkers: int = Field(default=4, ge=1, description="independent trajectories")

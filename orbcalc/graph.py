@@ -147,7 +147,7 @@ def gather_neighbors(
     values: Float[Tensor, " n_atoms *rest"], graph: AtomGraph
 ) -> Float[Tensor, "n_atoms n_slots *rest"]:
     """Fetch a quantity of the atoms to every slot where they are the neighbour."""
-    gathered: Tensor = _Gather.apply(values, graph.neighbors, graph.reverse, graph.mask)
+    gathered: Tensor = _apply(_Gather, values, graph.neighbors, graph.reverse, graph.mask)
     return gathered
 
 
@@ -155,7 +155,7 @@ def sum_reverse(
     values: Float[Tensor, "n_atoms n_slots *rest"], graph: AtomGraph
 ) -> Float[Tensor, " n_atoms *rest"]:
     """Sum, for every atom, what the slots that point at it hold: the transpose of a gather."""
-    total: Tensor = _SumReverse.apply(values, graph.neighbors, graph.reverse, graph.mask)
+    total: Tensor = _apply(_SumReverse, values, graph.neighbors, graph.reverse, graph.mask)
     return total
 
 
@@ -170,7 +170,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _SumReverse.apply(gradients[0], *ctx.saved_tensors), None, None, None
+        return _apply(_SumReverse, gradients[0], *ctx.saved_tensors), None, None, None
 
 
 class _SumReverse(torch.autograd.Function):
@@ -184,6 +184,10 @@ class _SumReverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         _, _, mask = ctx.saved_tensors
-        spread = _Gather.apply(gradients[0], *ctx.saved_tensors)
+        spread = _apply(_Gather, gradients[0], *ctx.saved_tensors)
         mask = mask.reshape(*mask.shape, *[1] * (spread.dim() - 2))
         return spread * mask, None, None, None
+
+
+def _apply(function: type[torch.autograd.Function], *tensors: Tensor) -> Any:
+    return function.apply(*tensors)

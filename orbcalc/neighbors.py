@@ -35,7 +35,7 @@ class NeighborList:
     @property
     def n_slots(self) -> int:
         """Number of slots of each atom."""
-        return self.neighbors.shape[1]
+        return int(self.neighbors.shape[1])
 
 
 def neighbor_list(atoms: Atoms, cutoff: float) -> NeighborList:

@@ -34,6 +34,7 @@ __all__ = [
     "assert_consistent",
     "assert_derivatives",
     "assert_equivariant",
+    "in_dtype",
     "predicted",
 ]
 
@@ -52,9 +53,9 @@ TOLERANCES: Mapping[torch.dtype | str, float] = {
 #: Central differences of fourth order: f'(0) = Σ w f(s h) / h + O(h⁴).
 STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 
-#: Step of finite differences, Å or strain: it keeps both the h⁴ term and the rounding of a total
-#: energy of 10⁴ eV below the tolerance.
-STEP = 1e-3
+#: Step of finite differences, Å or strain: it keeps the h⁴ term below the tolerance, and the
+#: rounding of total energies up to 10⁵ eV.
+STEP = 3e-4
 
 #: Atoms in one batch of displaced structures.
 BATCH_ATOMS = 512
@@ -198,7 +199,7 @@ def assert_derivatives(
         If forces or stress are not the derivatives of the energy.
     """
     tolerance = TOLERANCES["finite differences"] if tolerance is None else tolerance
-    model = _in_float64(model)
+    model = in_dtype(model, torch.float64)
     scale = _first(model).energy_scale
     (prediction,) = predicted(model, [atoms])
     _assert_finite(prediction, atoms)
@@ -218,6 +219,16 @@ def assert_derivatives(
     virial = prediction["stress"] * atoms.get_volume()
     analytic = np.array([np.sum(virial * strain) for strain in strains])
     _compare("virial", analytic, numeric, atoms, "as finite differences", tolerance, scale)
+
+
+def in_dtype(model: Model, dtype: torch.dtype) -> Model:
+    """Rebuild a model in another precision; itself if it has that already.
+
+    `torch.nn.Module.double` would keep constants that were rounded to float32.
+    """
+    if isinstance(model, Committee):
+        return Committee([_in_dtype(m, dtype) for m in _members(model)], model.calibration)
+    return _in_dtype(model, dtype)
 
 
 #: Quantities with one row for each atom.
@@ -304,18 +315,10 @@ def _slopes(
     return slopes
 
 
-def _in_float64(model: Model) -> Model:
-    if isinstance(model, Committee):
-        members = [_potential_in_float64(member) for member in _members(model)]
-        return Committee(members, model.calibration)
-    return _potential_in_float64(model)
-
-
-def _potential_in_float64(potential: Potential) -> Potential:
-    """Rebuild a potential: `.double()` would keep constants that were rounded to float32."""
-    if potential.dtype == torch.float64:
+def _in_dtype(potential: Potential, dtype: torch.dtype) -> Potential:
+    if potential.dtype == dtype:
         return potential
-    rebuilt = potential_from(potential_content(potential), torch.float64)
+    rebuilt = potential_from(potential_content(potential), dtype)
     load_weights(rebuilt, potential.state_dict())
     return rebuilt.to(potential.element_index.device)
 

@@ -13,10 +13,10 @@ from hypothesis import settings
 from orbcalc.config import LabelConfig, PotentialConfig
 from orbcalc.labels.process import WorkerProcess, label_structures
 from orbcalc.labels.store import LabelStore
-from orbcalc.model.checkpoint import load_weights, potential_content, potential_from
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
 from orbcalc.structures import structure_key
+from orbcalc.testing import in_dtype
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.statistics import fit_statistics
 
@@ -79,16 +79,9 @@ def make_potential(labelled: list[Atoms]) -> MakePotential:
                 fit_statistics(dataset, config),
                 torch.float64,
             )
-        return potential if dtype == torch.float64 else in_dtype(potential, dtype)
+        return in_dtype(potential, dtype)
 
     return make
-
-
-def in_dtype(potential: Potential, dtype: torch.dtype) -> Potential:
-    """Return the same potential in another precision."""
-    copy = potential_from(potential_content(potential), dtype)
-    load_weights(copy, potential.state_dict())
-    return copy
 
 
 @pytest.fixture(scope="session", params=HEADS)

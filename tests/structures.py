@@ -98,6 +98,33 @@ def ice_cell() -> Atoms:
     return atoms
 
 
+def salt_slab() -> Atoms:
+    """Return water on NaCl, periodic in two directions, with an atom outside the cell."""
+    atoms = rock_salt().repeat((2, 2, 1))
+    atoms.pbc = (True, True, False)
+    atoms.cell[2] = (0.0, 0.0, 20.0)
+    molecule_above = water()
+    molecule_above.translate([1.0, 1.0, 6.5])
+    atoms += molecule_above
+    atoms.positions[0] -= atoms.cell[1]
+    return atoms
+
+
+def chiral() -> Atoms:
+    """Return chlorofluoromethanol, which has no symmetry."""
+    return Atoms(
+        "CHFClOH",
+        positions=[
+            [0.0, 0.0, 0.0],
+            [0.63, 0.63, 0.62],
+            [-0.78, -0.8, 0.76],
+            [-1.0, 1.05, -1.0],
+            [0.82, -0.8, -0.84],
+            [1.3, -0.2, -1.5],
+        ],
+    )
+
+
 def random_rotation(seed: int, *, improper: bool = False) -> np.ndarray:
     """Return a random rotation matrix (with an inversion, if improper)."""
     matrix, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))

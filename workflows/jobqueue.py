@@ -66,7 +66,10 @@ def label_cluster(args: argparse.Namespace) -> dask_jobqueue.core.JobQueueCluste
     lifetime = args.minutes - 2 * stagger  # the last worker leaves one stagger before the end
     if lifetime < 1:
         sys.exit(f"--minutes {args.minutes} is too short for a label job: give at least 4")
-    options = {"queue": args.queue, "walltime": f"{args.minutes // 60:02}:{args.minutes % 60:02}:00"}
+    options = {
+        "queue": args.queue,
+        "walltime": f"{args.minutes // 60:02}:{args.minutes % 60:02}:00",
+    }
     options["account" if args.system in ("slurm", "pbs") else "project"] = args.account
     return SYSTEMS[args.system](
         cores=args.cores,
@@ -87,10 +90,9 @@ def model_workers(address: str) -> list[subprocess.Popen[bytes]]:
     """Start one model worker for each GPU of this job, or one on the CPU."""
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     command = ["dask", "worker", address, "--resources", "MODEL=1", "--nthreads", "1"]
+    command += ["--memory-limit", "0", "--no-dashboard"]
     return [
-        subprocess.Popen(
-            [*command, "--no-dashboard"], env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-        )
+        subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
         for gpu in gpus or [""]
     ]
 

@@ -76,7 +76,7 @@ class Executor:
         """
         resources = self._resources(kind)
         source = iter(items)
-        running: dict[Future, Item] = {}
+        running: dict[Future[Any], Item] = {}
         completed = as_completed([], loop=self.client.loop)
 
         def submit() -> bool:
@@ -209,15 +209,15 @@ def _gpu_names() -> list[str]:
         return []
 
 
-def _next(completed: as_completed, on_wait: Callable[[], None] | None) -> Future:
+def _next(completed: as_completed, on_wait: Callable[[], None] | None) -> Future[Any]:
     while on_wait is not None and not completed.has_ready():
         on_wait()
         time.sleep(0.2)
-    future: Future = next(completed)
+    future: Future[Any] = next(completed)
     return future
 
 
-def _outcome(future: Future) -> Any:
+def _outcome(future: Future[Any]) -> Any:
     try:
         return future.result()
     except Exception as error:  # a task may fail with anything; the caller decides

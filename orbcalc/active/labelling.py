@@ -86,7 +86,9 @@ def label(
         labels = LabelStore(store if store is not None else Path(str(path)) / "labels.db")
         label_into_store(executor, structures, config, labels, progress=progress)
         keys = [structure_key(atoms) for atoms in structures]
-        labelled = {key: atoms for key, atoms in zip(keys, labels.labelled_atoms(keys), strict=True)}
+        labelled = {
+            key: atoms for key, atoms in zip(keys, labels.labelled_atoms(keys), strict=True)
+        }
         result = [labelled[key].copy() for key in keys]
         for key, atoms in zip(keys, result, strict=True):
             for kind in label_kinds(config):
@@ -195,8 +197,10 @@ def _lost_labels(
 ) -> list[list[Label]]:
     """Record the labels of a task whose worker died again and again; raise anything else."""
     if type(error).__name__ != "KilledWorker":
-        raise error if isinstance(error, LabelError | ValueError) else LabelError(
-            f"labelling failed: {error!r}"
+        raise (
+            error
+            if isinstance(error, LabelError | ValueError)
+            else LabelError(f"labelling failed: {error!r}")
         ) from error
     logger.error("a label worker died: %s", error)
     return [

@@ -182,9 +182,7 @@ class ActiveLearning:
             if isinstance(outcome, Exception):
                 raise OrbcalcError(f"an MD walker failed: {outcome!r}") from outcome
             walks[tasks.index(task)] = outcome
-            self._event(
-                "walk", round=number, frames=len(outcome.frames), ended=outcome.reason
-            )
+            self._event("walk", round=number, frames=len(outcome.frames), ended=outcome.reason)
         return [frame for walker in sorted(walks) for frame in walks[walker].frames]
 
     # ------------------------------------------------------------------------ selection
@@ -288,9 +286,7 @@ class ActiveLearning:
         )
 
     # --------------------------------------------------------------------- certificate
-    def _look(
-        self, number: int, selection: Mapping[str, Any], pool: Mapping[str, Atoms]
-    ) -> Look:
+    def _look(self, number: int, selection: Mapping[str, Any], pool: Mapping[str, Atoms]) -> Look:
         """Compare the predictions with the labels that were made after them."""
         options = self.config.certificate
         by_audit = options.method == "hypergeometric"
@@ -336,7 +332,7 @@ class ActiveLearning:
         prediction = selection["predictions"].get(key)
         if label is None or label.status is not LabelStatus.ok or prediction is None:
             return float("nan")
-        return (prediction["energy"] - float(label.values["energy"])) / len(atoms)
+        return float(prediction["energy"] - label.values["energy"]) / len(atoms)
 
     def _earlier_looks(self, number: int) -> list[Look]:
         summaries = [read_json(self.folder.round(k).summary) for k in range(1, number)]
@@ -396,7 +392,9 @@ class ActiveLearning:
         ):
             if isinstance(outcome, Exception):
                 raise OrbcalcError(f"training of member {task[1]} failed: {outcome!r}") from outcome
-        for _, outcome in self.executor.map(finish_on_worker, [str(files.train.absolute())], "model"):
+        for _, outcome in self.executor.map(
+            finish_on_worker, [str(files.train.absolute())], "model"
+        ):
             if isinstance(outcome, Exception):
                 raise OrbcalcError(f"the committee could not be made: {outcome!r}") from outcome
             self._event("trained", round=number, model=str(train_config.output), **outcome)
@@ -409,7 +407,9 @@ class ActiveLearning:
         fraction = self.config.selection.valid_fraction
         held_out = _held_out([structure_key(atoms) for atoms in labelled], fraction)
         train_file, valid_file = files.folder / "train.extxyz", files.folder / "valid.extxyz"
-        write_structures(train_file, [a for a, out in zip(labelled, held_out, strict=True) if not out])
+        write_structures(
+            train_file, [a for a, out in zip(labelled, held_out, strict=True) if not out]
+        )
         write_structures(valid_file, [a for a, out in zip(labelled, held_out, strict=True) if out])
         previous = self.folder.round(number - 1).model.absolute() if number > 0 else None
         config = TrainConfig(
@@ -433,9 +433,7 @@ class ActiveLearning:
         self._metrics_seen = len(records)
 
     # ------------------------------------------------------------------------- general
-    def _summary(
-        self, number: int, pool: Mapping[str, Atoms], look: Look | None
-    ) -> dict[str, Any]:
+    def _summary(self, number: int, pool: Mapping[str, Atoms], look: Look | None) -> dict[str, Any]:
         ok = set(self.store.keys("reference", LabelStatus.ok))
         return {
             "round": number,
@@ -511,9 +509,10 @@ def _limits_were_raised(done: Certificate, config: RunConfig, folder: RunFolder)
     if done.reason == "max_rounds":
         return len(done.looks) < stop.max_rounds
     if done.reason == "max_labels":
-        return stop.max_labels is None or len(
-            LabelStore(folder.labels).keys("reference")
-        ) < stop.max_labels
+        return (
+            stop.max_labels is None
+            or len(LabelStore(folder.labels).keys("reference")) < stop.max_labels
+        )
     return False
 
 
@@ -538,7 +537,7 @@ def _features(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
 
 def _bare(atoms: Atoms) -> Atoms:
     """Copy a structure for the pool: no calculator, no constraints; labels of a file are kept."""
-    bare = atoms.copy()
+    bare: Atoms = atoms.copy()
     bare.set_constraint()
     bare.calc = None
     for name in ("momenta", "initial_magmoms", "initial_charges"):

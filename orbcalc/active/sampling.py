@@ -12,10 +12,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import CalculationFailed
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import (
-    MaxwellBoltzmannDistribution,
-    Stationary,
-)
+from ase.md.velocitydistribution import Stationary, thermalize_momenta
 
 from orbcalc.active.labelling import worker_process
 from orbcalc.config import MDConfig
@@ -75,7 +72,7 @@ def walk(
     rng = np.random.default_rng(seed)
     moving = atoms.copy()
     moving.calc = calculator
-    MaxwellBoltzmannDistribution(moving, temperature_K=config.temperature_K, rng=rng)
+    thermalize_momenta(moving, config.temperature_K, rng=rng)
     if not moving.constraints:
         Stationary(moving)
     dynamics = Langevin(

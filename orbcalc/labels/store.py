@@ -26,10 +26,12 @@ from orbcalc.orbitals import shells_from_table
 from orbcalc.properties import (
     REF_ENERGY,
     REF_FORCES,
+    REF_METHOD,
     REF_STRESS,
     XTB_BLOCKS,
     XTB_ENERGY,
     XTB_FORCES,
+    XTB_METHOD,
     XTB_SHELLS,
 )
 from orbcalc.structures import structure_key
@@ -54,7 +56,8 @@ FILE_KEYS: dict[tuple[Kind, str], tuple[bool, str]] = {
     ("charges", "orbital_blocks"): (True, XTB_BLOCKS),
     ("charges", "shells"): (True, XTB_SHELLS),
 }
-INFO_NOT_KEPT = {STRUCTURE_KEY, *(key for _, key in FILE_KEYS.values())}
+METHOD_KEYS: dict[Kind, str] = {"reference": REF_METHOD, "charges": XTB_METHOD}
+INFO_NOT_KEPT = {*METHOD_KEYS.values(), STRUCTURE_KEY, *(key for _, key in FILE_KEYS.values())}
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,8 @@ class LabelStore:
                 per_atom, key = FILE_KEYS[kind, name]
                 place: dict[str, Any] = atoms.arrays if per_atom else atoms.info
                 place[key] = value
+            if state.status is LabelStatus.ok:
+                atoms.info[METHOD_KEYS[kind]] = str(self.provenance(kind))
         return atoms
 
     # --------------------------------------------------------------------------- file

@@ -1,0 +1,1 @@
+"""The equivariant network: basis, products, backbone, heads, committee, file format."""

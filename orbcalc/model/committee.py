@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -88,12 +88,14 @@ class Committee(nn.Module):
     ) -> CommitteePrediction:
         """Evaluate all members; see `Potential.forward` for the properties."""
         predictions: list[Prediction] = [member(graph, properties) for member in self.members]
-        mean = {
-            field.name: torch.stack(values).mean(0) if values[0] is not None else None
-            for field in fields(Prediction)
-            if (values := [getattr(p, field.name) for p in predictions])
-        }
-        result = CommitteePrediction(**mean)
+        result = CommitteePrediction(
+            _mean(p.energy for p in predictions),
+            **{
+                field.name: _mean(getattr(p, field.name) for p in predictions)
+                for field in fields(Prediction)
+                if field.name != "energy" and getattr(predictions[0], field.name) is not None
+            },
+        )
         if len(predictions) == 1:
             return result
         energies = torch.stack([p.energy for p in predictions])
@@ -103,3 +105,7 @@ class Committee(nn.Module):
             spread = forces.var(0).sum(-1).sqrt() / math.sqrt(3)
             result = replace(result, forces_uncertainty=spread * self.calibration.forces)
         return result
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean(0)

@@ -49,5 +49,7 @@ def forces_and_stress(
     forces = gradient.sum(1) - sum_reverse(gradient, graph)
     virial = graph.sum_over_atoms(torch.einsum("nka,nkb->nab", vectors, gradient))
     virial = (virial + virial.transpose(1, 2)) / 2
-    volume = torch.where(graph.is_periodic, torch.linalg.det(graph.cell).abs(), torch.nan)
-    return forces, virial / volume[:, None, None]
+    has_volume = graph.is_periodic[:, None, None]
+    # NaN is put in after the division: its derivative would be NaN for every weight.
+    volume = torch.where(has_volume, torch.linalg.det(graph.cell).abs()[:, None, None], 1.0)
+    return forces, torch.where(has_volume, virial / volume, torch.nan)

@@ -36,7 +36,8 @@ class EnergyHead(nn.Module):
         energy = self.last(features.updates[-1]) + self.electrons(features.embedding)
         for layer, update in zip(self.linear, features.updates, strict=True):
             energy = energy + layer(update)
-        return energy.squeeze(-1)
+        total: Tensor = energy.squeeze(-1)
+        return total
 
 
 class OrbitalBlockHead(nn.Module):
@@ -97,7 +98,9 @@ class OrbitalBlockHead(nn.Module):
         charges = torch.where(present, blocks[:, columns] * roots, 0.0)
         missing = _distribute(charges, torch.stack(weights, -1), present, graph) / roots
         blocks = blocks.index_add(1, columns, missing)
-        sizes = torch.tensor([(2 * slot.l + 1) * (slot.l + 1) for slot in SLOTS], device=blocks.device)
+        sizes = torch.tensor(
+            [(2 * slot.l + 1) * (slot.l + 1) for slot in SLOTS], device=blocks.device
+        )
         return torch.where(present.repeat_interleave(sizes, 1), blocks, torch.nan)
 
 

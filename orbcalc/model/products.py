@@ -93,7 +93,8 @@ class ProductBasis(nn.Module):
         coupled = (self.coupling[:n_rows] @ pairs.flatten(1)).unflatten(1, pairs.shape[1:])
         weighted = coupled * self.weight.index_select(0, self.path_of_row[:n_rows])[:, None]
         summed = self.gather[:n_out, :n_rows] @ weighted.flatten(1)
-        return summed.unflatten(1, pairs.shape[1:])
+        components: Tensor = summed.unflatten(1, pairs.shape[1:])
+        return components
 
 
 def _component_pairs(l_left: int, l_right: int, symmetric: bool) -> tuple[Tensor, Tensor]:

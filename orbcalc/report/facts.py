@@ -138,6 +138,11 @@ class RunFacts:
         times = [_time(event) for event in self.events if "time" in event]
         return (max(times) - min(times)).total_seconds() if times else 0.0
 
+    def ended_in(self, number: int) -> bool:
+        """Tell whether the certificate was given in a round, and nothing followed."""
+        looks = len(self.certificate.looks) if self.certificate else 0
+        return number == looks > 0 and number == len(self.rounds) - 1
+
     def count(self, kind: str) -> dict[str, int]:
         """Count the labels of a kind ("reference", "charges") by status."""
         found = self.census.get(kind, {})
@@ -168,7 +173,8 @@ def read_run(path: str | Path) -> RunFacts:
     store = LabelStore(folder.labels, create=False) if folder.labels.is_file() else None
     certificate = _certificate(folder)
     events = tuple(read_jsonl(folder.events))
-    rounds = _rounds(folder, config, store, certificate, events)
+    looks = tuple(vars(look) for look in certificate.looks) if certificate else ()
+    rounds = _rounds(folder, _Sources(config, _Labels(store), looks, events))
     forces, problem = _forces(folder, rounds, store)
     return RunFacts(
         folder=folder,
@@ -186,55 +192,47 @@ def read_run(path: str | Path) -> RunFacts:
 
 
 # ------------------------------------------------------------------------------- rounds
-def _rounds(
-    folder: RunFolder,
-    config: RunConfig,
-    store: LabelStore | None,
-    certificate: Certificate | None,
-    events: Sequence[Mapping[str, Any]],
-) -> list[RoundFacts]:
-    labels = _Labels(store)
+@dataclass(frozen=True)
+class _Sources:
+    """What the facts of a round are gathered from, beside its own files."""
+
+    config: RunConfig
+    labels: _Labels
+    looks: tuple[Mapping[str, Any], ...]
+    """Of the certificate."""
+    events: tuple[dict[str, Any], ...]
+
+
+def _rounds(folder: RunFolder, sources: _Sources) -> list[RoundFacts]:
     rounds: list[RoundFacts] = []
-    n_pool = 0
     earlier: list[str] = []
+    n_pool = 0
     while (files := folder.round(len(rounds))).pool.is_file():
         n_pool += _count_frames(files.pool)
-        selection = read_json(files.selection) if files.selection.is_file() else {}
-        facts = _round(files, len(rounds), n_pool, earlier, selection, labels, config, events)
-        if certificate is not None and 0 < facts.number <= len(certificate.looks):
-            object.__setattr__(
-                facts, "look", _recorded_look(vars(certificate.looks[facts.number - 1]))
-            )
+        facts = _round(files, len(rounds), n_pool, earlier, sources)
         rounds.append(facts)
         earlier += [*facts.audit, *facts.batch]
     return rounds
 
 
 def _round(
-    files: RoundFiles,
-    number: int,
-    n_pool: int,
-    earlier: Sequence[str],
-    selection: Mapping[str, Any],
-    labels: _Labels,
-    config: RunConfig,
-    events: Sequence[Mapping[str, Any]],
+    files: RoundFiles, number: int, n_pool: int, earlier: Sequence[str], sources: _Sources
 ) -> RoundFacts:
-    chosen = {name: tuple(selection.get(name, ())) for name in ("audit", "batch")}
-    predictions = selection.get("predictions", {})
-    compared = {name: labels.compare(keys, predictions) for name, keys in chosen.items()}
-    by_audit = config.certificate.method == "hypergeometric"
+    selection = read_json(files.selection) if files.selection.is_file() else {}
+    labels, predictions = sources.labels, selection.get("predictions", {})
+    audit, batch = (tuple(selection.get(name, ())) for name in ("audit", "batch"))
+    by_audit = sources.config.certificate.method == "hypergeometric"
     return RoundFacts(
         number=number,
         n_pool=n_pool,
         n_known=sum(labels.status(key) == LabelStatus.ok for key in earlier),
-        audit=chosen["audit"],
-        batch=chosen["batch"],
-        statuses={name: labels.count(keys) for name, keys in chosen.items()},
-        audited=compared["audit" if by_audit else "batch"],
-        acquired=compared["batch"] if by_audit else None,
-        look=_look(files, number, events),
-        valid_errors=_valid_errors(files, number, events),
+        audit=audit,
+        batch=batch,
+        statuses={"audit": labels.count(audit), "batch": labels.count(batch)},
+        audited=labels.compare(audit if by_audit else batch, predictions),
+        acquired=labels.compare(batch, predictions) if by_audit else None,
+        look=_look(files, number, sources),
+        valid_errors=_valid_errors(files, number, sources.events),
         finished=files.summary.is_file(),
     )
 
@@ -288,14 +286,14 @@ class _ElementFit:
         return np.array([(atoms.numbers == z).sum() for z in self._elements], dtype=float)
 
 
-def _look(
-    files: RoundFiles, number: int, events: Sequence[Mapping[str, Any]]
-) -> LookFacts | None:
+def _look(files: RoundFiles, number: int, sources: _Sources) -> LookFacts | None:
     """Return the look of a round; of one that is under way, only its event exists."""
+    if 0 < number <= len(sources.looks):
+        return _recorded_look(sources.looks[number - 1])
     if files.summary.is_file():
         recorded = read_json(files.summary).get("look")
         return None if recorded is None else _recorded_look(recorded)
-    event = _last(events, "look", number)
+    event = _last(sources.events, "look", number)
     if event is None:
         return None
     return LookFacts(
@@ -421,14 +419,12 @@ def _count_frames(path: Path) -> int:
         for line in file:
             if line.strip():
                 frames += 1
-                next(islice(file, int(line), int(line)), None)  # skips the comment and the atoms
-                next(file, None)
+                for _ in islice(file, int(line) + 1):  # the comment and the atoms
+                    pass
     return frames
 
 
-def _last(
-    events: Sequence[Mapping[str, Any]], name: str, number: int
-) -> Mapping[str, Any] | None:
+def _last(events: Sequence[Mapping[str, Any]], name: str, number: int) -> Mapping[str, Any] | None:
     """Return the last event of a name in a round; a resumed run may have written several."""
     found = [e for e in events if e.get("event") == name and e.get("round") == number]
     return found[-1] if found else None

@@ -29,7 +29,7 @@ def calibrate(committee: Committee, dataset: LabelDataset, batch_size: int = 32)
     Committee
         The same members. Quantities without labels, and a committee of one, keep a factor of 1.
     """
-    raw = Committee([*committee.members])  # type: ignore[list-item]
+    raw = Committee([*committee.members])
     energy: list[Tensor] = []
     forces: list[Tensor] = []
     for graph, targets in on_device(dataset, batch_size, committee.first):
@@ -40,7 +40,7 @@ def calibrate(committee: Committee, dataset: LabelDataset, batch_size: int = 32)
         errors = (prediction.forces - targets.forces) / prediction.forces_uncertainty[:, None]
         forces.append(errors.flatten())
     factors = Calibration(energy=_root_mean_square(energy), forces=_root_mean_square(forces))
-    return Committee([*committee.members], factors)  # type: ignore[list-item]
+    return Committee([*committee.members], factors)
 
 
 def _root_mean_square(ratios: list[Tensor]) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -180,7 +179,9 @@ def shells_of_elements(atoms: Atoms) -> dict[int, tuple[int, ...]]:
     }
 
 
-def _read(atoms: Atoms, key: str, source: Mapping[str, Any], *shapes: tuple[int, ...]) -> np.ndarray:
+def _read(
+    atoms: Atoms, key: str, source: Mapping[str, Any], *shapes: tuple[int, ...]
+) -> np.ndarray:
     """Return a label as float64, NaN if it is absent."""
     if source.get(key) is None:
         return np.full(shapes[0], np.nan)

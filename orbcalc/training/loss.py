@@ -55,9 +55,7 @@ def multitask_loss(
     terms: dict[str, Tensor] = {}
     n_atoms = graph.n_atoms_of_structure
     if tasks.energy > 0:
-        terms["energy"] = _mean_error(
-            prediction.energy, targets.energy, n_atoms * scales.energy
-        )
+        terms["energy"] = _mean_error(prediction.energy, targets.energy, n_atoms * scales.energy)
     if tasks.forces > 0 and prediction.forces is not None:
         terms["forces"] = _mean_error(prediction.forces, targets.forces, scales.forces)
     if tasks.stress > 0 and prediction.stress is not None:

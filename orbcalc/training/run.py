@@ -31,9 +31,9 @@ from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.loss import ErrorSums, active_properties
 from orbcalc.training.statistics import fit_statistics
-from orbcalc.training.trainer import Report, Trainer, on_device, resolve_device
+from orbcalc.training.trainer import Trainer, on_device, resolve_device
 
-__all__ = ["finish_training", "load_labelled", "split", "test_errors", "train", "train_member"]
+__all__ = ["finish_training", "load_labelled", "model_errors", "split", "train", "train_member"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def finish_training(
                 "n_train": len(structures[0]),
                 "n_valid": len(structures[1]),
             },
-            "valid_errors": test_errors(committee, valid_set, active_properties(config.tasks)),
+            "valid_errors": model_errors(committee, valid_set, active_properties(config.tasks)),
             **(metadata or {}),
         },
     )
@@ -134,7 +134,7 @@ def finish_training(
     return committee
 
 
-def test_errors(
+def model_errors(
     committee: Committee, dataset: LabelDataset, properties: list[str], batch_size: int = 32
 ) -> dict[str, float]:
     """Return MAE and RMSE of a committee's mean: eV/atom, eV/Å, eV/Å³, e."""
@@ -154,9 +154,7 @@ def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
     """
     structures: dict[str, Atoms] = {}
     for path in paths:
-        found = (
-            LabelStore(path).labelled_atoms() if is_label_store(path) else read_structures(path)
-        )
+        found = LabelStore(path).labelled_atoms() if is_label_store(path) else read_structures(path)
         for atoms in found:
             structures.setdefault(structure_key(atoms), atoms)
     result = list(structures.values())
@@ -164,9 +162,7 @@ def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
     return result
 
 
-def split(
-    structures: list[Atoms], fraction: float, seed: int
-) -> tuple[list[Atoms], list[Atoms]]:
+def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Atoms], list[Atoms]]:
     """Hold out a random share, at least one, of the structures that have a reference label."""
     labelled = [i for i, atoms in enumerate(structures) if REF_ENERGY in atoms.info]
     candidates = labelled or list(range(len(structures)))

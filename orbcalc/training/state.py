@@ -106,8 +106,9 @@ class TrainState:
         """Move the averaged weights towards the present ones."""
         # Early on the average is short, so that it forgets where it began.
         decay = min(decay, (1 + self.step) / (10 + self.step))
-        averages = list(self.averaged.parameters())
-        torch._foreach_lerp_(averages, list(self.potential.parameters()), 1 - decay)
+        averages: list[Tensor] = list(self.averaged.parameters())
+        weights: list[Tensor] = list(self.potential.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def keep_if_best(self, loss: float) -> None:
         """Remember the averaged weights if their validation loss is the lowest so far."""

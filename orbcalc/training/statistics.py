@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -108,7 +109,7 @@ def _neighbor_scale(dataset: LabelDataset, cutoff: float) -> float:
         envelope = polynomial_cutoff(graph.edge_vectors().norm(dim=-1), cutoff)
         total += float(torch.where(graph.mask, envelope, 0.0).pow(2).sum())
         n_atoms += graph.n_atoms
-    return max(total / n_atoms, 1.0) ** 0.5
+    return math.sqrt(max(total / n_atoms, 1.0))
 
 
 def _charge_statistics(

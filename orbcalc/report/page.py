@@ -1,0 +1,350 @@
+"""From facts and figures to HTML: the words and numbers of the page."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import orbcalc
+from orbcalc.report import figures
+from orbcalc.report.facts import RoundFacts, RunFacts
+
+__all__ = ["draw_figures", "render"]
+
+PACKAGES = ("orbcalc", "torch", "e3nn", "ase", "tblite", "numpy", "scipy", "dask", "distributed")
+DRAWERS = {
+    "certificate": figures.certificate,
+    "learning": figures.learning,
+    "parity": figures.parity,
+    "uncertainty": figures.uncertainty,
+    "costs": figures.costs,
+}
+
+
+@dataclass(frozen=True)
+class _Number:
+    """One of the big numbers at the head of the page."""
+
+    value: str
+    name: str
+    detail: str = ""
+
+
+def draw_figures(run: RunFacts, folder: Path) -> dict[str, str]:
+    """Draw what there is to draw; write PNG files and return images to put into the page.
+
+    Returns
+    -------
+    dict
+        ``data:`` addresses by the name of the figure.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images: dict[str, str] = {}
+    for name, draw in DRAWERS.items():
+        path = folder / f"{name}.png"
+        figure = draw(run)
+        if figure is None:
+            path.unlink(missing_ok=True)  # it would belong to an earlier run
+            continue
+        encoded = base64.b64encode(figures.svg(figure)).decode("ascii")
+        images[name] = f"data:image/svg+xml;base64,{encoded}"
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(figures.png(figure))
+        temporary.replace(path)
+    return images
+
+
+def render(run: RunFacts, images: Mapping[str, str]) -> str:
+    """Return the page.
+
+    Parameters
+    ----------
+    run
+        From :func:`orbcalc.report.facts.read_run`.
+    images
+        From :func:`draw_figures`; what is missing is said in words.
+    """
+    environment = Environment(
+        loader=PackageLoader("orbcalc", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        name=run.folder.path.resolve().name,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=orbcalc.__version__,
+        verdict=_verdict(run),
+        numbers=_numbers(run),
+        images=images,
+        captions=_captions(run),
+        rounds=[_row(facts, run) for facts in run.rounds],
+        tolerance=_milli(run.config.certificate.tolerance),
+        proof=_proof(run),
+        provenance=_provenance(run),
+        packages=_packages(),
+        settings=list(_settings(run)),
+    )
+
+
+# ------------------------------------------------------------------------------- verdict
+def _verdict(run: RunFacts) -> dict[str, str]:
+    """Return kind (a CSS class), heading and text; the certificate's statement is verbatim."""
+    if run.certificate is None:
+        return {"kind": "open", "heading": "Unfinished", "text": _state(run), "note": ""}
+    looks = len(run.certificate.looks)
+    later = [facts for facts in run.rounds if facts.number > looks]
+    return {
+        "kind": "good" if run.certificate.certified else "bad",
+        "heading": "Certified" if run.certificate.certified else "Not certified",
+        "text": run.certificate.statement,
+        "note": f"The run has gone on since: {_state(run)}" if later else "",
+    }
+
+
+def _state(run: RunFacts) -> str:
+    """Say how far an unfinished run has come."""
+    if not run.events:
+        return "The run has a configuration, but nothing has happened in it yet."
+    last = run.events[-1]
+    where = f" in round {last['round']}" if "round" in last else ""
+    waiting = sum(c["waiting"] for facts in run.rounds for c in facts.statuses.values())
+    labels = f" {waiting} selected structures wait for their reference label." if waiting else ""
+    return (
+        f"There is no certificate yet, so nothing is proved. The last event was "
+        f"“{last.get('event', '?')}”{where} at {last.get('time', '?')}.{labels} "
+        f"Starting the same run again resumes it."
+    )
+
+
+def _numbers(run: RunFacts) -> list[_Number]:
+    reference = run.count("reference")
+    ok, decided = reference.get("ok", 0), sum(reference.values())
+    never = f"{1 - decided / run.n_pool:.1%}".replace("%", " %") if run.n_pool else "–"
+    found = [
+        _Number(f"{run.n_pool:,}", "structures in the pool", f"{len(run.rounds)} rounds begun"),
+        _Number(f"{ok:,}", "reference labels", _where_from(run)),
+        _Number(f"{decided - ok:,}", "failed labels", _failures(reference)),
+        _Number(never, "of the pool never labelled", "predicted only"),
+        _Number(_duration(run.wall_time_s), "wall time", "first to last event, pauses included"),
+        _Number(
+            _duration(run.seconds("charges")),
+            "for GFN1 labels",
+            f"{sum(run.count('charges').values()):,} structures, CPU time",
+        ),
+        _Number(
+            _duration(run.seconds("reference")),
+            "for reference labels",
+            f"{decided:,} structures, CPU time",
+        ),
+    ]
+    latest = run.latest_audit
+    if latest is not None and latest.audited is not None and latest.audited.mae is not None:
+        detail = f"meV/atom, round {latest.number}, before training on it"
+        found.insert(4, _Number(_milli(latest.audited.mae), "MAE of the last audit", detail))
+    return found
+
+
+def _where_from(run: RunFacts) -> str:
+    chosen = [sum(r.statuses[name]["ok"] for r in run.rounds) for name in ("audit", "batch")]
+    return f"{chosen[1]:,} for training, {chosen[0]:,} in audits" if chosen[0] else ""
+
+
+def _failures(counts: Mapping[str, int]) -> str:
+    failed = [f"{n:,} {status}" for status, n in sorted(counts.items()) if status != "ok"]
+    return ", ".join(failed) or "every calculation succeeded"
+
+
+# ------------------------------------------------------------------------------ captions
+def _captions(run: RunFacts) -> dict[str, str]:
+    return {
+        "learning": _learning_caption(run),
+        "parity": _parity_caption(run),
+        "uncertainty": _uncertainty_caption(run),
+    }
+
+
+def _learning_caption(run: RunFacts) -> str:
+    audits = [r for r in run.rounds if r.audited is not None and r.audited.mae is not None]
+    if not audits:
+        return "No audit has been labelled completely yet."
+    first, last = audits[0], audits[-1]
+    assert first.audited is not None
+    assert last.audited is not None
+    text = (
+        f"MAE on the latest audit: {_milli(last.audited.mae)} meV/atom, with {last.n_known:,} "
+        f"labels known to the model."
+    )
+    if len(audits) > 1:
+        text += f" On the first: {_milli(first.audited.mae)} meV/atom, with {first.n_known:,}."
+    if first.n_pool != last.n_pool:
+        text += f" The pool grew from {first.n_pool:,} to {last.n_pool:,} structures in between."
+    return text
+
+
+def _parity_caption(run: RunFacts) -> str:
+    audit, forces = run.latest_audit, run.forces
+    parts = []
+    if audit is not None:
+        parts.append(
+            f"Energies: the sample of round {audit.number}, as predicted before it was labelled, "
+            f"minus a per-element least-squares fit to all labels; the band is the tolerance."
+        )
+    if forces is not None:
+        parts.append(f"Forces: {forces.source}, {forces.n_structures:,} structures.")
+    else:
+        parts.append(run.forces_problem)
+    return " ".join(parts)
+
+
+def _uncertainty_caption(run: RunFacts) -> str:
+    ratios, latest = figures.audit_ratios(run.rounds), run.latest_audit
+    if latest is None or not len(ratios):
+        return "No audit has been labelled completely yet."
+    text = (
+        f"Of all {len(ratios):,} audited structures, {_inside(ratios, 1)} have an error below one "
+        f"predicted standard deviation σ and {_inside(ratios, 2)} below two; for a normal "
+        f"distribution it is 68 % and 95 %. "
+    )
+    newest = figures.audit_ratios([latest])
+    if len(newest):
+        text += (
+            f"In round {latest.number} alone: {_inside(newest, 1)} and {_inside(newest, 2)}. A "
+            f"curve above the dashed one means that σ is too large, below it too small."
+        )
+    return text
+
+
+def _inside(ratios: Float[np.ndarray, " n"], k: float) -> str:
+    return f"{100 * float((ratios <= k).mean()):.0f} %"
+
+
+# -------------------------------------------------------------------------------- tables
+def _row(facts: RoundFacts, run: RunFacts) -> dict[str, str]:
+    sample = facts.audited
+    share = sample.share_within(run.config.certificate.tolerance) if sample else None
+    statuses = facts.statuses["audit"] + facts.statuses["batch"]
+    failed = sum(n for status, n in statuses.items() if status not in ("ok", "waiting"))
+    acquired = facts.acquired.mae if facts.acquired else None
+    return {
+        "round": str(facts.number),
+        "pool": f"{facts.n_pool:,}",
+        "known": f"{facts.n_known:,}",
+        "audit": _progress(facts.audit, facts.statuses["audit"]),
+        "batch": _progress(facts.batch, facts.statuses["batch"]),
+        "failed": f"{failed:,}",
+        "mae": _milli(sample.mae if sample else None),
+        "batch_mae": _milli(acquired),
+        "inside": "–" if share is None else f"{100 * share:.0f}",
+        "bound": "–" if facts.look is None else f"{100 * facts.look.accuracy_bound:.1f}",
+        "valid_energy": _milli(facts.valid_errors.get("energy_mae")),
+        "valid_forces": _milli(facts.valid_errors.get("forces_mae")),
+        "state": "" if facts.finished or run.ended_in(facts.number) else "open",
+    }
+
+
+def _progress(chosen: tuple[str, ...], statuses: Counter[str]) -> str:
+    """Return the size of a sample, and how much of it is labelled if not all is."""
+    waiting = statuses["waiting"]
+    return f"{len(chosen) - waiting:,} of {len(chosen):,}" if waiting else f"{len(chosen):,}"
+
+
+def _proof(run: RunFacts) -> dict[str, str]:
+    options, certificate = run.config.certificate, run.certificate
+    rows = {
+        "Tolerance": f"{options.tolerance * 1000:g} meV/atom (energy)",
+        "Asked for (γ)": f"{100 * options.accuracy:g} % of the pool right",
+        "Confidence (1 − δ)": f"{100 * (1 - options.delta):g} % over all looks together",
+        "Method": {
+            "hypergeometric": "random audit without replacement, exact hypergeometric bound",
+            "kl_batch": "hardest batch, KL bound; rests on two assumptions that are not checked",
+        }[options.method],
+    }
+    if certificate is not None:
+        rows |= {
+            "Looks": str(len(certificate.looks)),
+            "Ended because": certificate.reason,
+            "Pool": f"{certificate.n_pool:,} structures, hash {certificate.pool_hash}",
+            "Model": f"SHA-256 {certificate.model_hash}…",
+            "Seed, version": f"{certificate.seed}, orbcalc {certificate.version}",
+        }
+    return rows
+
+
+def _provenance(run: RunFacts) -> dict[str, str]:
+    names = {"reference": "Reference labels", "charges": "Cheap labels"}
+    rows = {
+        names[kind]: f"{origin}; {_failures(run.count(kind))}"
+        for kind, origin in run.provenance.items()
+    }
+    return rows | {name.capitalize(): value for name, value in run.model.items()}
+
+
+def _packages() -> dict[str, str]:
+    """Return what is installed where the page is written."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _settings(run: RunFacts) -> Iterator[tuple[str, list[tuple[str, str, bool]]]]:
+    """Yield sections of the resolved configuration: key, value, and whether it was chosen."""
+    chosen = _flat(run.config.model_dump(mode="json", exclude_defaults=True))
+    sections: dict[str, list[tuple[str, str, bool]]] = {}
+    for key, value in _flat(run.config.model_dump(mode="json")).items():
+        section, _, rest = key.partition(".")
+        row = (rest or key, _plain(value), key in chosen)
+        sections.setdefault(section if rest else "run", []).append(row)
+    yield from sections.items()
+
+
+def _flat(data: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{before}{key}.")
+        else:
+            flat[f"{before}{key}"] = value
+    return flat
+
+
+# --------------------------------------------------------------------------------- words
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _milli(value: float | None) -> str:
+    """Write eV as meV, three figures."""
+    return "–" if value is None else f"{1000 * value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Write a time as people say it.
+
+    Examples
+    --------
+    >>> _duration(3.04), _duration(75.2), _duration(7260.0)
+    ('3.0 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
