@@ -37,6 +37,13 @@ Results = dict[str, Any]
 BATCH_ATOMS = 2048
 
 
+#: What `predict` can be asked for.
+PREDICTED = {
+    *("energy", "forces", "stress", "charges", "orbital_charges", "features"),
+    *("energy_uncertainty", "forces_uncertainty"),
+}
+
+
 class OrbcalcCalculator(Calculator):
     """ASE calculator around a model file.
 
@@ -151,16 +158,7 @@ class OrbcalcCalculator(Calculator):
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:
         if "stress" in properties and not bool(graph.is_periodic.all()):
             raise PropertyNotImplementedError("stress needs a periodic structure with a volume")
-        if {"charges", "orbital_charges"} & set(
-            properties
-        ) and self.model.first.charge_head is None:
-            raise PropertyNotImplementedError(
-                "this model was trained without charges; train it with tasks: {charges: 0.3}"
-            )
-        if len(self.model.members) == 1 and any("uncertainty" in name for name in properties):
-            raise PropertyNotImplementedError(
-                "one potential has no uncertainty; train a committee (committee: 2 or more)"
-            )
+        _refuse_unlearned(self.model, properties)
 
 
 def predict(
@@ -196,11 +194,20 @@ def predict(
     ------
     StructureError, UnsupportedElementError
         If a structure cannot be computed and `on_error` is "raise".
+    PropertyNotImplementedError
+        If there is no such property, or the model was not trained for it.
     """
+    unknown = sorted(set(properties) - PREDICTED)
+    if unknown:
+        raise PropertyNotImplementedError(
+            f"there is no property {unknown[0]!r}; known are {', '.join(sorted(PREDICTED))}"
+        )
     committee, _ = open_model(model, device=device, dtype=dtype)
+    _refuse_unlearned(committee, properties)
     atoms_list = [_as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
-    wanted = {"charges" if name == "orbital_charges" else name for name in properties}
+    needed = {"orbital_charges": "charges", "forces_uncertainty": "forces"}
+    wanted = {needed.get(name, name) for name in properties}
     for batch in _batches(atoms_list, committee, on_error):
         joined = AtomGraph.batch([item.graph for item in batch])
         prediction = committee(joined.to(committee.first.element_index.device), sorted(wanted))
@@ -219,6 +226,18 @@ def open_model(
     return load_model(model, device=resolve_device(device), dtype=getattr(torch, dtype))
 
 
+def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:
+    with_charges = not {"charges", "orbital_charges"}.isdisjoint(properties)
+    if with_charges and model.first.charge_head is None:
+        raise PropertyNotImplementedError(
+            "this model was trained without charges; train it with tasks: {charges: 0.3}"
+        )
+    if len(model.members) == 1 and any("uncertainty" in name for name in properties):
+        raise PropertyNotImplementedError(
+            "one potential has no uncertainty; train a committee (committee: 2 or more)"
+        )
+
+
 @dataclass(frozen=True)
 class _Item:
     index: int
@@ -235,7 +254,7 @@ def _batches(
         atoms = structures[index]
         try:
             check_structure(atoms, f"structure {index} ({atoms.get_chemical_formula()})")
-            committee.first.check_elements(atoms.numbers)
+            committee.first.check_elements(atoms.numbers.tolist())
         except StructureError:
             if on_error == "raise":
                 raise

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from orbcalc.errors import ConfigError, OrbcalcError
 
@@ -34,8 +35,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
-output = Console()
+# Texts are printed as they are: brackets are no markup, and lines of a log are not cut at 80.
+_PLAIN: dict[str, bool] = {"markup": False, "highlight": False, "soft_wrap": True}
+console = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
+output = Console(**_PLAIN)  # type: ignore[arg-type]
 
 Dask = Annotated[
     str | None,
@@ -52,10 +55,10 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        console.print(f"[red]error:[/] {_plain(error)}", highlight=False)
+        console.print(Text.assemble(("error: ", "red"), str(error)))
         sys.exit(2)
     except (OrbcalcError, OSError) as error:
-        console.print(f"[red]error:[/] {_plain(error)}", highlight=False)
+        console.print(Text.assemble(("error: ", "red"), str(error)))
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; start the same command again to go on")
@@ -135,7 +138,8 @@ def label_command(
     failed = sum(count for status, count in statuses.items() if status != "ok")
     output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")
     if failed:
-        console.print(f"[yellow]{failed} new labels failed[/]: see {labels.path}; never trained on")
+        failures = Text(f"{failed} new labels failed", "yellow")
+        console.print(failures + f": see {labels.path}; never trained on")
 
 
 @app.command()
@@ -213,8 +217,8 @@ def run_command(
     from orbcalc.report import write_report
 
     page = write_report(config.output)
-    output.print(certificate.statement, highlight=False)
-    output.print(f"model: {config.output / 'model.orbcalc'}\nreport: {page}", highlight=False)
+    output.print(certificate.statement)
+    output.print(f"model: {config.output / 'model.orbcalc'}\nreport: {page}")
     if not certificate.certified:
         raise typer.Exit(1)
 
@@ -255,7 +259,7 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Write the HTML page of a run and its figures."""
     from orbcalc.report import write_report
 
-    output.print(f"{write_report(run_folder)}", highlight=False)
+    output.print(f"{write_report(run_folder)}")
 
 
 @app.command()
@@ -336,7 +340,7 @@ def _run_display() -> Iterator[Callable[[Mapping[str, Any]], None]]:
             else:
                 for name in list(tasks):
                     bar.remove_task(tasks.pop(name))
-                console.print(_event_in_words(record), highlight=False)
+                console.print(_event_in_words(record))
 
         yield notify
 
@@ -412,7 +416,7 @@ def _print_census(census: Mapping[Any, Mapping[str, float]]) -> None:
             f"{count:.1f} s" if status.endswith("_s") else f"{count:g} {status}"
             for status, count in counts.items()
         )
-        output.print(f"{kind}: {words or 'none'}", highlight=False)
+        output.print(f"{kind}: {words or 'none'}")
 
 
 def _print_model(path: Path) -> None:
@@ -432,7 +436,7 @@ def _print_model(path: Path) -> None:
         f"training set: {metadata.get('training_set')}",
         f"SHA-256 {file_sha256(path)}",
     ]
-    output.print("\n".join(lines), highlight=False)
+    output.print("\n".join(lines))
     if metadata.get("valid_errors"):
         _print_errors(metadata["valid_errors"], "held-out structures")
 
@@ -445,12 +449,12 @@ def _print_run(path: Path) -> None:
     if not folder.config_file.exists():
         raise ConfigError(f"{path} is no run folder: it has no config.yaml")
     for record in read_jsonl(folder.events):
-        output.print(f"{record['time']}  {_event_in_words(record)}", highlight=False)
+        output.print(f"{record['time']}  {_event_in_words(record)}")
     if folder.certificate.exists():
         text = folder.certificate.read_text(encoding="utf-8")
-        output.print(Certificate.from_json(text).statement, highlight=False)
+        output.print(Certificate.from_json(text).statement)
     else:
-        output.print("unfinished: `orbcalc run` with its configuration goes on", highlight=False)
+        output.print("unfinished: `orbcalc run` with its configuration goes on")
 
 
 # ------------------------------------------------------------------------------- checks
@@ -471,7 +475,6 @@ def _check_run(config: Any) -> None:
             output.print(
                 f"{item.kind} label of {probe.get_chemical_formula()}: {item.status} in "
                 f"{item.wall_time_s:.2f} s by {item.provenance} {item.message}",
-                highlight=False,
             )
             if item.status != "ok":
                 raise OrbcalcError("the largest structure could not be labelled")
@@ -483,7 +486,7 @@ def _check_training(config: Any) -> None:
 
     structures = load_labelled(config.train)
     dataset = LabelDataset(structures, config.potential.cutoff)
-    output.print(f"{len(dataset)} structures, labels: {dataset.census()}", highlight=False)
+    output.print(f"{len(dataset)} structures, labels: {dataset.census()}")
     dataset.require(config.tasks)
 
 
@@ -495,7 +498,3 @@ def _json(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"--arguments must be a JSON object, got {text}")
     return value
-
-
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", "\\[")

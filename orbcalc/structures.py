@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ase.io
@@ -18,6 +19,7 @@ from orbcalc.properties import CHARGE_KEY, SPIN_KEY
 __all__ = [
     "charge_and_multiplicity",
     "check_structure",
+    "hold_out",
     "multiplicity_is_possible",
     "read_structures",
     "structure_key",
@@ -103,6 +105,31 @@ def check_structure(atoms: Atoms, name: str | None = None) -> None:
             f"atoms {i[closest]} and {j[closest]} of {name} are {distances[closest]:.3f} Å apart: "
             f"they overlap (limit {MIN_DISTANCE} Å). Correct the structure."
         )
+
+
+def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> list[int]:
+    """Choose the first structures of an order that the others can do without.
+
+    Every element that is held out stays in at least one structure that is not: a potential can
+    be tested on what it has seen only.
+
+    Parameters
+    ----------
+    structures
+        All of them.
+    order
+        Indices of those that may be chosen.
+    size
+        How many to choose; fewer come back where that is impossible.
+    """
+    left = Counter(z for atoms in structures for z in set(atoms.numbers.tolist()))
+    chosen: list[int] = []
+    for index in order:
+        elements = set(structures[index].numbers.tolist())
+        if len(chosen) < size and all(left[z] > 1 for z in elements):
+            chosen.append(index)
+            left.subtract(elements)
+    return chosen
 
 
 def structure_key(atoms: Atoms) -> str:

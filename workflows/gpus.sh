@@ -13,13 +13,22 @@ n_gpus=$(wc -w <<<"$gpus")
 label_workers=${LABEL_WORKERS:-$(($(nproc) > n_gpus ? $(nproc) - n_gpus : 1))}
 address=tcp://127.0.0.1:$port
 
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 dask scheduler --host 127.0.0.1 --port "$port" --no-dashboard &
+scheduler=$!
+workers=()
+stop() {
+    kill "${workers[@]}" && wait "${workers[@]}"
+    kill "$scheduler" && wait "$scheduler"
+} 2>/dev/null
+trap 'stop || true' EXIT
+
 for gpu in $gpus; do
-    CUDA_VISIBLE_DEVICES=$gpu dask worker "$address" \
-        --name "model-$gpu" --resources MODEL=1 --nthreads 1 --memory-limit 0 --no-dashboard &
+    CUDA_VISIBLE_DEVICES=$gpu dask worker "$address" --name "model-$gpu" \
+        --resources MODEL=1 --nthreads 1 --memory-limit 0 --no-dashboard &
+    workers+=($!)
 done
-CUDA_VISIBLE_DEVICES='' dask worker "$address" \
-    --resources LABEL=1 --nthreads 1 --nworkers "$label_workers" --no-dashboard &
+CUDA_VISIBLE_DEVICES='' dask worker "$address" --nworkers "$label_workers" \
+    --resources LABEL=1 --nthreads 1 --memory-limit 0 --no-dashboard &
+workers+=($!)
 
 orbcalc run "$config" --dask "$address"

@@ -193,7 +193,12 @@ def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
             }
     scheduler = {
         "cls": Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False},
+        "options": {
+            "host": "127.0.0.1",
+            "port": 0,
+            "dashboard": False,
+            "dashboard_address": "127.0.0.1:0",  # else 8787, which another cluster may have
+        },
     }
     return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)
 

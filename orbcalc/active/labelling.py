@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,26 +134,42 @@ def label_into_store(
     kinds = kinds or label_kinds(config)
     if "reference" in kinds and config.reference.calculator == "file":
         check_file_labels(structures, config)
-    waiting = {
-        structure_key(atoms): atoms
-        for atoms in structures
-        if any(store.status(structure_key(atoms), kind) is None for kind in kinds)
-    }
-    chunks = _Chunks(list(waiting.values()), config.chunk_s, executor.n_workers("label"))
-    tasks = ((chunk, config, kinds) for chunk in chunks)
+    groups = _missing(structures, kinds, store)
+    n_missing, done = sum(len(group) for group in groups.values()), 0
     statuses: Counter[str] = Counter()
-    done = 0
-    for (chunk, _, _), outcome in executor.map(label_chunk, tasks, "label", on_wait=on_wait):
-        if isinstance(outcome, Exception):
-            outcome = _lost_labels(chunk, kinds, config, outcome)
-        store.add_many(zip(chunk, outcome, strict=True))
-        new = [item for labels in outcome for item in labels]
-        statuses.update(str(item.status) for item in new)
-        done += len(chunk)
-        chunks.learn(len(chunk), sum(item.wall_time_s for item in new))
-        if progress is not None:
-            progress(done, len(waiting), new)
+    for needed, group in groups.items():
+        chunks = _Chunks(group, config.chunk_s, executor.n_workers("label"))
+        tasks = _tasks(chunks, config, needed)
+        for (chunk, _, _), outcome in executor.map(label_chunk, tasks, "label", on_wait=on_wait):
+            if isinstance(outcome, Exception):
+                outcome = _lost_labels(chunk, needed, config, outcome)
+            store.add_many(zip(chunk, outcome, strict=True))
+            new = [item for labels in outcome for item in labels]
+            statuses.update(str(item.status) for item in new)
+            done += len(chunk)
+            chunks.learn(len(chunk), sum(item.wall_time_s for item in new))
+            if progress is not None:
+                progress(done, n_missing, new)
     return statuses
+
+
+def _missing(
+    structures: Sequence[Atoms], kinds: tuple[Kind, ...], store: LabelStore
+) -> dict[tuple[Kind, ...], list[Atoms]]:
+    """Group structures by the labels that they lack."""
+    unique = {structure_key(atoms): atoms for atoms in structures}
+    groups: dict[tuple[Kind, ...], list[Atoms]] = {}
+    for key, atoms in unique.items():
+        if needed := tuple(kind for kind in kinds if store.status(key, kind) is None):
+            groups.setdefault(needed, []).append(atoms)
+    return groups
+
+
+def _tasks(
+    chunks: Iterable[list[Atoms]], config: LabelConfig, kinds: tuple[Kind, ...]
+) -> Iterator[LabelTask]:
+    for chunk in chunks:
+        yield chunk, config, kinds
 
 
 def label_chunk(task: LabelTask) -> list[list[Label]]:

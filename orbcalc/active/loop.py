@@ -44,8 +44,9 @@ from orbcalc.active.selection import draw_audit, select_hardest
 from orbcalc.config import RunConfig, TrainConfig, dump_config, load_config
 from orbcalc.errors import ConfigError, OrbcalcError
 from orbcalc.labels.label import Label, LabelStatus
+from orbcalc.labels.reference import check_file_labels
 from orbcalc.labels.store import LabelStore
-from orbcalc.structures import read_structures, structure_key
+from orbcalc.structures import hold_out, read_structures, structure_key
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -92,6 +93,10 @@ def run(
         done = Certificate.from_json(folder.certificate.read_text(encoding="utf-8"))
         if done.certified or not _limits_were_raised(done, config, folder):
             return done
+    if not folder.round(0).pool.exists():
+        check_file_labels(
+            read_structures(config.pool.structures) if config.pool.structures else [], config.labels
+        )
     with open_executor(config.dask, members=config.committee, client=client) as executor:
         return ActiveLearning(config, folder, executor, notify).run()
 
@@ -218,6 +223,7 @@ class ActiveLearning:
                     open_keys[i]: {"energy": p["energy"], "uncertainty": p["uncertainty"]}
                     for i in (*sorted(audit), *(rest[int(i)] for i in batch))
                     if "energy" in (p := predictions[i])
+                    and np.isfinite([p["energy"], p["uncertainty"]]).all()
                 },
             }
         write_json(files.selection, selection)
@@ -344,7 +350,8 @@ class ActiveLearning:
         """End the run if it is certified or may not go on."""
         look = looks[-1]
         stop = self.config.stop
-        labelled = len(self._decided())
+        # As of this look: a run that goes on after a kill may have labelled more already.
+        labelled = look.n_labelled + look.n_failed + look.n_audit
         if look.certified:
             reason = "certified"
         elif number >= stop.max_rounds:
@@ -405,7 +412,7 @@ class ActiveLearning:
         known = set(self.store.keys("reference", LabelStatus.ok))
         labelled = self.store.labelled_atoms([key for key in pool if key in known])
         fraction = self.config.selection.valid_fraction
-        held_out = _held_out([structure_key(atoms) for atoms in labelled], fraction)
+        held_out = _held_out(labelled, fraction)
         train_file, valid_file = files.folder / "train.extxyz", files.folder / "valid.extxyz"
         write_structures(
             train_file, [a for a, out in zip(labelled, held_out, strict=True) if not out]
@@ -493,7 +500,8 @@ def finish_on_worker(config_path: str) -> dict[str, Any]:
     from orbcalc.training.run import finish_training
 
     config = load_config(config_path, TrainConfig)
-    finish_training(config)
+    if not config.output.exists():  # else the worker died after it had written the model
+        finish_training(config)
     _, metadata = load_model(config.output)
     found: dict[str, Any] = {
         "errors": metadata["valid_errors"],
@@ -516,16 +524,18 @@ def _limits_were_raised(done: Certificate, config: RunConfig, folder: RunFolder)
     return False
 
 
-def _held_out(keys: Sequence[str], fraction: float) -> list[bool]:
-    """Choose validation structures by their content hash, so that the choice never changes."""
-    if len(keys) < 2:
-        raise ConfigError(f"{len(keys)} labelled structure(s) are too few to train on")
-    scores = [int(key[-12:], 16) / 16**12 for key in keys]
-    out = [score < fraction for score in scores]
-    if not any(out) or all(out):
-        lowest = int(np.argmin(scores))
-        out = [index == lowest for index in range(len(keys))]
-    return out
+def _held_out(structures: Sequence[Atoms], fraction: float) -> list[bool]:
+    """Choose validation structures by their content hash, so that the choice rarely changes."""
+    scores = [int(structure_key(atoms)[-12:], 16) / 16**12 for atoms in structures]
+    size = sum(score < fraction for score in scores)
+    order = np.argsort(scores).tolist()
+    chosen = set(hold_out(structures, order, min(max(size, 1), max(len(structures) // 2, 1))))
+    if not chosen:
+        raise ConfigError(
+            f"{len(structures)} labelled structure(s) are too few to train on: none can be held "
+            f"out for validation. Raise selection.initial, or look at the failed labels."
+        )
+    return [index in chosen for index in range(len(structures))]
 
 
 def _features(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray | None:

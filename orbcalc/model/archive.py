@@ -41,10 +41,15 @@ def write_archive(
     Raises
     ------
     CheckpointError
-        If it cannot be written, because the disk is full, say. What was there stays.
+        If it cannot be written, because the disk is full, say, or because the content is no
+        plain JSON. What was there stays.
     """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot write {path}: its content is no JSON: {error}") from error
     members = {
-        _CONTENT: json.dumps(content, indent=1, allow_nan=False).encode(),
+        _CONTENT: text.encode(),
         _TENSORS: safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}),
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
@@ -74,12 +79,14 @@ def read_archive(
             members = {
                 name: _read_member(archive, name) for name in (_MANIFEST, _CONTENT, _TENSORS)
             }
-        manifest = json.loads(members[_MANIFEST])
-        _verify(path, manifest, members, f"orbcalc {kind}", version)
-        return json.loads(members[_CONTENT]), safetensors.torch.load(members[_TENSORS])
+        _verify(path, _parse(members[_MANIFEST]), members, f"orbcalc {kind}", version)
+        return _parse(members[_CONTENT]), safetensors.torch.load(members[_TENSORS])
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
+    # RuntimeError: encryption or deep nesting.
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is no orbcalc {kind}, or it is damaged ({error}). Pickled files are never "
             f"opened. Copy the file again, or train again."
@@ -111,6 +118,16 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     if info.compress_type != zipfile.ZIP_STORED:  # a small file cannot unfold into a large one
         raise ValueError(f"{name} is compressed")
     return archive.read(info)
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    value = json.loads(data, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object was expected, not {type(value).__name__}")
+    return value
 
 
 def _verify(

@@ -101,9 +101,12 @@ def potential_from(content: Mapping[str, Any], dtype: torch.dtype) -> Potential:
     elements = [int(z) for z in content["elements"]]
     if not elements or not all(1 <= z <= 118 for z in elements):
         raise ConfigError(f"elements {elements} are not atomic numbers")
+    energies = torch.tensor(content["reference_energies"], dtype=torch.float64)
+    if energies.shape != (len(elements),):
+        raise ConfigError(f"{len(elements)} elements need as many reference energies")
     width = min(int(content["n_charge_components"]), 23)
     statistics = Statistics(
-        reference_energies=torch.tensor(content["reference_energies"], dtype=torch.float64),
+        reference_energies=energies,
         energy_scale=float(content["energy_scale"]),
         neighbor_scale=float(content["neighbor_scale"]),
         charge_shift=torch.zeros(len(elements), width),

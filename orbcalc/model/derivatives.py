@@ -47,7 +47,8 @@ def forces_and_stress(
     (gradient,) = torch.autograd.grad(energy.sum(), vectors, create_graph=create_graph)
     gradient = torch.where(graph.mask[..., None], gradient, 0.0)
     forces = gradient.sum(1) - sum_reverse(gradient, graph)
-    virial = graph.sum_over_atoms(torch.einsum("nka,nkb->nab", vectors, gradient))
+    lengths = vectors if create_graph else vectors.detach()
+    virial = graph.sum_over_atoms(torch.einsum("nka,nkb->nab", lengths, gradient))
     virial = (virial + virial.transpose(1, 2)) / 2
     has_volume = graph.is_periodic[:, None, None]
     # NaN is put in after the division: its derivative would be NaN for every weight.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from orbcalc.active.folder import write_text
-from orbcalc.report.facts import read_run
 from orbcalc.report.page import draw_figures, render
+from orbcalc.report.reading import read_run
 
 __all__ = ["write_report"]
 

@@ -1,43 +1,45 @@
 """The figures of a run, drawn with matplotlib's objects only: no pyplot, no rcParams.
 
-Every function returns a figure, or None as long as there is nothing to draw. Colours are those
-of Okabe and Ito, which the colour-blind can tell apart; meanings are carried by shapes, line
-styles or labels as well.
+Every function returns a figure, or None as long as there is nothing to draw. Meanings are carried
+by shapes, line styles or labels as well as by colours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO, StringIO
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from scipy.special import erf
 
 from orbcalc.report.facts import ForceComparison, RoundFacts, RunFacts
+from orbcalc.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MARKERS,
+    ORANGE,
+    RED,
+    SKY,
+    leave_empty,
+    new_figure,
+    round_colours,
+    set_legend,
+    set_log,
+    set_title,
+    span,
+    style_axes,
+    text_style,
+)
 
-__all__ = [
-    "audit_ratios",
-    "certificate",
-    "costs",
-    "learning",
-    "parity",
-    "png",
-    "svg",
-    "uncertainty",
-]
+__all__ = ["audit_ratios", "certificate", "costs", "learning", "parity", "uncertainty"]
 
-BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9"
-INK, GREY, LIGHT = "#1f2933", "#6b7785", "#d9dee4"
-FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
 MILLI = 1000.0  # eV to meV
-MARKERS = "osD^vPX*"
 
 
 # ------------------------------------------------------------------------------- figures
@@ -45,16 +47,16 @@ def learning(run: RunFacts) -> Figure | None:
     """Draw the error before training against labels, and validation errors against steps."""
     if not run.metrics and run.latest_audit is None:
         return None
-    figure = _figure(3.9)
+    figure = new_figure(3.9)
     grid = figure.add_gridspec(2, 2, width_ratios=[1.05, 1])
     _learning_curve(figure.add_subplot(grid[:, 0]), run)
     upper = figure.add_subplot(grid[0, 1])
     lower = figure.add_subplot(grid[1, 1], sharex=upper)
     _validation_curve(upper, run, "energy_mae", "energy (meV/atom)")
     _validation_curve(lower, run, "forces_mae", "forces (meV/Å)")
-    _title(upper, "Validation MAE while training")
+    set_title(upper, "Validation MAE while training")
     upper.tick_params(labelbottom=False)
-    lower.set_xlabel("optimiser steps, all rounds", **_text())
+    lower.set_xlabel("optimiser steps, all rounds", **text_style())
     return figure
 
 
@@ -63,18 +65,18 @@ def parity(run: RunFacts) -> Figure | None:
     audit, forces = run.latest_audit, run.forces
     if audit is None and forces is None:
         return None
-    figure = _figure(4.5)
+    figure = new_figure(4.5)
     left, right = figure.subplots(1, 2)
     if audit is not None and audit.audited is not None and len(audit.audited.absolute):
         known = np.isfinite(audit.audited.error)
         x, y = audit.audited.reference[known] * MILLI, audit.audited.predicted[known] * MILLI
         band = run.config.certificate.tolerance * MILLI
-        _parity(left, x, y, "meV/atom", size=16, alpha=0.75, band=band)
+        _parity(left, x, y, "meV/atom", size=16.0, alpha=0.75, band=band)
     else:
-        _empty(left, "no audit yet")
-    _title(left, "Energy")
-    left.set_xlabel("reference energy (meV/atom)", **_text())
-    left.set_ylabel("predicted energy (meV/atom)", **_text())
+        leave_empty(left, "no audit yet")
+    set_title(left, "Energy")
+    left.set_xlabel("reference energy (meV/atom)", **text_style())
+    left.set_ylabel("predicted energy (meV/atom)", **text_style())
     _force_parity(right, forces)
     return figure
 
@@ -84,7 +86,7 @@ def uncertainty(run: RunFacts) -> Figure | None:
     rounds = [r for r in run.rounds if _has_pairs(r)]
     if not rounds:
         return None
-    figure = _figure(4.5)
+    figure = new_figure(4.5)
     left, right = figure.subplots(1, 2)
     _scatter_of_errors(left, run, rounds)
     _shares(right, rounds)
@@ -97,7 +99,7 @@ def certificate(run: RunFacts) -> Figure | None:
     if not looks:
         return None
     target = 100 * run.config.certificate.accuracy
-    figure = _figure(3.2)
+    figure = new_figure(3.2)
     axes = figure.subplots()
     axes.axhspan(target, 102, color=GREEN, alpha=0.12, lw=0)
     axes.axhline(target, color=GREEN, lw=1.6)
@@ -108,7 +110,7 @@ def certificate(run: RunFacts) -> Figure | None:
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha="right",
-        **_text(color="#006b4f"),
+        **text_style(color="#006b4f"),
     )
     guessed = [look for look in looks if look.estimate is not None]
     axes.plot(
@@ -121,14 +123,14 @@ def certificate(run: RunFacts) -> Figure | None:
     for number, bound in zip(numbers, bounds, strict=True):
         axes.annotate(
             f"{bound:.1f}", (number, bound), (0, -14), textcoords="offset points",
-            ha="center", **_text(color=BLUE),
+            ha="center", **text_style(color=BLUE),
         )  # fmt: skip
-    _style(axes)
+    style_axes(axes)
     axes.set(xlim=(0.5, max(numbers) + 0.5), ylim=(max(min(bounds) - 14, -12), 102))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("look (one in each round)", **_text())
-    axes.set_ylabel("pool that is right (%)", **_text())
-    _legend(axes, "lower right")
+    axes.set_xlabel("look (one in each round)", **text_style())
+    axes.set_ylabel("pool that is right (%)", **text_style())
+    set_legend(axes, "lower right")
     return figure
 
 
@@ -136,7 +138,7 @@ def costs(run: RunFacts) -> Figure | None:
     """Draw the time in cheap and expensive labels, and the labels of each round."""
     if not run.census:
         return None
-    figure = _figure(3.2)
+    figure = new_figure(3.2)
     left, right = figure.subplots(1, 2)
     _cost_bars(left, run)
     _label_bars(right, run)
@@ -150,11 +152,11 @@ def _learning_curve(axes: Axes, run: RunFacts) -> None:
         for r in run.rounds
         if r.audited is not None and r.audited.mae
     ]
-    _title(axes, "Error on each audit, before training on it")
-    axes.set_xlabel("reference labels known to the model", **_text())
-    axes.set_ylabel("energy MAE (meV/atom)", **_text())
+    set_title(axes, "Error on each audit, before training on it")
+    axes.set_xlabel("reference labels known to the model", **text_style())
+    axes.set_ylabel("energy MAE (meV/atom)", **text_style())
     if not found:
-        _empty(axes, "no audit yet")
+        leave_empty(axes, "no audit yet")
         return
     labels, errors, spread = (np.array(column) for column in zip(*found, strict=True))
     tolerance = run.config.certificate.tolerance * MILLI
@@ -170,20 +172,20 @@ def _learning_curve(axes: Axes, run: RunFacts) -> None:
         capsize=3,
         label="MAE ± 1 std. error",
     )
-    _style(axes)
+    style_axes(axes)
     everything = [*(errors - spread), *(errors + spread), tolerance]
-    _log(axes, "x", labels)
-    _log(axes, "y", everything)
-    _legend(axes, "best")
+    set_log(axes, "x", labels)
+    set_log(axes, "y", everything)
+    set_legend(axes, "best")
 
 
 def _validation_curve(axes: Axes, run: RunFacts, name: str, label: str) -> None:
     latest = {
         (m["round"], m["member"], m["step"]): m[name] * MILLI for m in run.metrics if name in m
     }
-    axes.set_ylabel(label, **_text())
+    axes.set_ylabel(label, **text_style())
     if not latest:
-        _empty(axes, "no values yet")
+        leave_empty(axes, "no values yet")
         return
     start = 0
     for number in sorted({key[0] for key in latest}):
@@ -197,23 +199,23 @@ def _validation_curve(axes: Axes, run: RunFacts, name: str, label: str) -> None:
         axes.axvline(start, color=GREY, lw=0.8, ls=":", zorder=0)
         axes.annotate(
             f"round {number}" if number == 0 else str(number), (start, 1), (3, -9),
-            xycoords=("data", "axes fraction"), textcoords="offset points", **_text(GREY, 8),
+            xycoords=("data", "axes fraction"), textcoords="offset points", **text_style(GREY, 8.0),
         )  # fmt: skip
         start += max(m.get("steps", m["step"]) for m in run.metrics if m["round"] == number)
-    _style(axes)
+    style_axes(axes)
     values = [value for value in latest.values() if np.isfinite(value)]
-    _log(axes, "y", [*values, 1.4 * max(values, default=0.0)])  # room for the names of rounds
+    set_log(axes, "y", [*values, 1.4 * max(values, default=0.0)])  # room for the names of rounds
     axes.set_xlim(0, 1.02 * start)
 
 
 def _force_parity(axes: Axes, forces: ForceComparison | None) -> None:
     if forces is None:
-        _empty(axes, "no forces to compare")
+        leave_empty(axes, "no forces to compare")
     else:
-        _parity(axes, forces.reference, forces.predicted, "eV/Å", size=6, alpha=0.35, scale=MILLI)
-    _title(axes, "Force components")
-    axes.set_xlabel("reference force (eV/Å)", **_text())
-    axes.set_ylabel("predicted force (eV/Å)", **_text())
+        _parity(axes, forces.reference, forces.predicted, "eV/Å", size=6.0, alpha=0.35, scale=MILLI)
+    set_title(axes, "Force components")
+    axes.set_xlabel("reference force (eV/Å)", **text_style())
+    axes.set_ylabel("predicted force (eV/Å)", **text_style())
 
 
 def _parity(
@@ -241,9 +243,9 @@ def _parity(
     mae, rmse = float(np.abs(error).mean()), float(np.sqrt((error**2).mean()))
     axes.annotate(
         f"MAE {mae:.3g} {unit}\nRMSE {rmse:.3g} {unit}\nn = {len(x):,}",
-        (0.04, 0.96), xycoords="axes fraction", va="top", linespacing=1.5, **_text(),
+        (0.04, 0.96), xycoords="axes fraction", va="top", linespacing=1.5, **text_style(),
     )  # fmt: skip
-    _style(axes)
+    style_axes(axes)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -253,31 +255,31 @@ def _scatter_of_errors(axes: Axes, run: RunFacts, rounds: Sequence[RoundFacts]) 
     pairs = [_pairs(facts) * MILLI for facts in rounds]
     sigma, error = np.concatenate(pairs, axis=1)
     floor = float(error.max()) / 1000 or 1e-3  # of a log axis: an error may be 0 by chance
-    x, y = _span(sigma), _span(np.maximum(error, floor))
+    x, y = span(sigma), span(np.maximum(error, floor))
     ends = np.array(x)
     axes.plot(ends, ends, color=INK, lw=1.2, label="error = σ")
     axes.plot(ends, 2 * ends, color=INK, lw=1.2, ls="--", label="error = 2 σ")
     tolerance = run.config.certificate.tolerance * MILLI
     axes.axhline(tolerance, color=GREEN, lw=1.2, ls=":", label="tolerance")
-    for facts, pair, shade in zip(rounds, pairs, _shades(len(rounds)), strict=True):
+    for facts, pair, shade in zip(rounds, pairs, round_colours(len(rounds)), strict=True):
         axes.scatter(
             pair[0], np.maximum(pair[1], floor), s=16, color=shade, alpha=0.8, lw=0,
             marker=MARKERS[facts.number % len(MARKERS)], label=f"round {facts.number}",
         )  # fmt: skip
-    _style(axes)
-    _log(axes, "x", x)
-    _log(axes, "y", y)
-    _title(axes, "Energy error and its prediction")
-    axes.set_xlabel("predicted standard deviation σ (meV/atom)", **_text())
-    axes.set_ylabel("actual error (meV/atom)", **_text())
-    _legend(axes, "upper center", ncols=3, below=True)
+    style_axes(axes)
+    set_log(axes, "x", x)
+    set_log(axes, "y", y)
+    set_title(axes, "Energy error and its prediction")
+    axes.set_xlabel("predicted standard deviation σ (meV/atom)", **text_style())
+    axes.set_ylabel("actual error (meV/atom)", **text_style())
+    set_legend(axes, "upper center", ncols=3, below=True)
 
 
 def _shares(axes: Axes, rounds: Sequence[RoundFacts]) -> None:
     """Draw the share of errors inside k predicted standard deviations, against a normal one."""
     k = np.linspace(0, 4, 161)
     axes.plot(k, 100 * erf(k / np.sqrt(2)), color=INK, ls="--", lw=1.2, label="normal distribution")
-    for facts, shade in zip(rounds, _shades(len(rounds)), strict=True):
+    for facts, shade in zip(rounds, round_colours(len(rounds)), strict=True):
         sigma, error = _pairs(facts)
         inside = 100 * (error / sigma <= k[:, None]).mean(axis=1)
         last = facts is rounds[-1]
@@ -285,12 +287,12 @@ def _shares(axes: Axes, rounds: Sequence[RoundFacts]) -> None:
             k, inside, where="post", color=shade, lw=2 if last else 1.2,
             label=f"audit of round {facts.number}",
         )  # fmt: skip
-    _style(axes)
-    _title(axes, "Share of errors inside k σ")
+    style_axes(axes)
+    set_title(axes, "Share of errors inside k σ")
     axes.set(xlim=(0, 4), ylim=(0, 102))
-    axes.set_xlabel("k", **_text())
-    axes.set_ylabel("audited structures inside k σ (%)", **_text())
-    _legend(axes, "lower right")
+    axes.set_xlabel("k", **text_style())
+    axes.set_ylabel("audited structures inside k σ (%)", **text_style())
+    set_legend(axes, "lower right")
 
 
 def _cost_bars(axes: Axes, run: RunFacts) -> None:
@@ -308,15 +310,15 @@ def _cost_bars(axes: Axes, run: RunFacts) -> None:
         axes.barh(place, seconds, height=0.5, color=colour)
         axes.annotate(
             f"{seconds:,.1f} s: {labels:,} labels, {MILLI * seconds / labels:,.3g} ms each",
-            (0, place + 0.3), (2, 2), textcoords="offset points", va="bottom", **_text(),
+            (0, place + 0.3), (2, 2), textcoords="offset points", va="bottom", **text_style(),
         )  # fmt: skip
-    _style(axes)
+    style_axes(axes)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.set(xlim=(0, 1.05 * longest or 1), ylim=(-0.6, len(rows) - 0.2))
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0, labelcolor=INK)
-    _title(axes, "Time spent in labels")
-    axes.set_xlabel("seconds on one core", **_text())
+    set_title(axes, "Time spent in labels")
+    axes.set_xlabel("seconds on one core", **text_style())
 
 
 def _label_bars(axes: Axes, run: RunFacts) -> None:
@@ -335,100 +337,16 @@ def _label_bars(axes: Axes, run: RunFacts) -> None:
     for number, total in zip(numbers, base, strict=True):
         axes.annotate(
             f"{total:.0f}", (number, total), (0, 3), textcoords="offset points", ha="center",
-            **_text(),
+            **text_style(),
         )  # fmt: skip
-    _style(axes)
+    style_axes(axes)
     axes.grid(False, axis="x")
     axes.set(xlim=(-0.6, max(numbers, default=0) + 0.6), ylim=(0, 1.3 * max([*base, 1])))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _title(axes, "Reference labels of each round")
-    axes.set_xlabel("round", **_text())
-    axes.set_ylabel("structures", **_text())
-    _legend(axes, "upper right", ncols=len(parts))
-
-
-# --------------------------------------------------------------------------------- files
-def svg(figure: Figure) -> bytes:
-    """Return a figure as SVG, with its letters as outlines: it looks the same everywhere."""
-    buffer = StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return buffer.getvalue().encode()
-
-
-def png(figure: Figure, dpi: int = 200) -> bytes:
-    """Return a figure as PNG."""
-    buffer = BytesIO()
-    figure.set_dpi(dpi)
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
-
-
-# --------------------------------------------------------------------------------- style
-def _figure(height: float) -> Figure:
-    """Return a figure as wide as the page's column, in inches of 96 pixels."""
-    return Figure(figsize=(10, height), layout="constrained", facecolor="white")
-
-
-def _text(color: str = INK, size: float = 9) -> dict[str, Any]:
-    return {"color": color, "fontsize": size, "family": FONT}
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontweight="bold", pad=8, **_text(size=10))
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(True, color=LIGHT, lw=0.6, alpha=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", color=GREY, labelcolor=INK, labelsize=8.5, labelfontfamily=FONT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GREY)
-
-
-def _legend(axes: Axes, place: str, ncols: int = 1, *, below: bool = False) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc=place, ncols=ncols, framealpha=0.85, edgecolor="none", labelcolor=INK,
-            prop={"family": FONT, "size": 8.5},
-            bbox_to_anchor=(0.5, -0.17) if below else None,
-        )  # fmt: skip
-
-
-def _empty(axes: Axes, text: str) -> None:
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_color(LIGHT)
-    axes.annotate(
-        text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", **_text(GREY, 10)
-    )
-
-
-def _log(axes: Axes, name: str, values: Sequence[float] | np.ndarray) -> None:
-    """Make an axis logarithmic, with plain numbers on it also where it spans little."""
-    positive = np.array([value for value in values if np.isfinite(value) and value > 0])
-    if not len(positive):
-        return
-    low, high = float(positive.min()) / 1.25, float(positive.max()) * 1.25
-    subs = (1, 2, 5) if high / low < 300 else (1,)
-    if high / low < 6:
-        subs = (1, 1.5, 2, 3, 4, 5, 6, 8)
-    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-    (axes.set_xlim if name == "x" else axes.set_ylim)(low, high)
-    axis = axes.xaxis if name == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _span(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    return float(values.min()), float(values.max())
-
-
-def _shades(count: int) -> list[str]:
-    """Return colours of rounds, in order: the Okabe-Ito colours, then grey for the oldest."""
-    colours = [BLUE, ORANGE, GREEN, RED, SKY, "#CC79A7"]
-    return [GREY] * (count - len(colours)) + colours[: min(count, len(colours))][::-1]
+    set_title(axes, "Reference labels of each round")
+    axes.set_xlabel("round", **text_style())
+    axes.set_ylabel("structures", **text_style())
+    set_legend(axes, "upper right", ncols=len(parts))
 
 
 # ------------------------------------------------------------------------------- numbers
@@ -445,11 +363,11 @@ def _pairs(facts: RoundFacts) -> Float[np.ndarray, "2 n"]:
     if facts.audited is None:
         return np.zeros((2, 0))
     pairs = np.stack([facts.audited.uncertainty, np.abs(facts.audited.error)])
-    return pairs[:, np.isfinite(pairs).all(axis=0) & (pairs[0] > 0)]
+    return np.asarray(pairs[:, np.isfinite(pairs).all(axis=0) & (pairs[0] > 0)])
 
 
 def _has_pairs(facts: RoundFacts) -> bool:
-    return _pairs(facts).shape[1] > 0
+    return bool(_pairs(facts).size)
 
 
 def audit_ratios(rounds: Sequence[RoundFacts]) -> Float[np.ndarray, " n"]:

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import orbcalc
 from orbcalc.report import figures
 from orbcalc.report.facts import RoundFacts, RunFacts
+from orbcalc.report.style import png, svg
 
 __all__ = ["draw_figures", "render"]
 
@@ -57,10 +58,10 @@ def draw_figures(run: RunFacts, folder: Path) -> dict[str, str]:
         if figure is None:
             path.unlink(missing_ok=True)  # it would belong to an earlier run
             continue
-        encoded = base64.b64encode(figures.svg(figure)).decode("ascii")
+        encoded = base64.b64encode(svg(figure)).decode("ascii")
         images[name] = f"data:image/svg+xml;base64,{encoded}"
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(figures.png(figure))
+        temporary.write_bytes(png(figure))
         temporary.replace(path)
     return images
 
@@ -71,7 +72,7 @@ def render(run: RunFacts, images: Mapping[str, str]) -> str:
     Parameters
     ----------
     run
-        From :func:`orbcalc.report.facts.read_run`.
+        From :func:`orbcalc.report.reading.read_run`.
     images
         From :func:`draw_figures`; what is missing is said in words.
     """
@@ -227,7 +228,7 @@ def _uncertainty_caption(run: RunFacts) -> str:
     return text
 
 
-def _inside(ratios: Float[np.ndarray, " n"], k: float) -> str:
+def _inside(ratios: Float[np.ndarray, " n"], k: int) -> str:
     return f"{100 * float((ratios <= k).mean()):.0f} %"
 
 
@@ -285,10 +286,11 @@ def _proof(run: RunFacts) -> dict[str, str]:
 
 def _provenance(run: RunFacts) -> dict[str, str]:
     names = {"reference": "Reference labels", "charges": "Cheap labels"}
-    rows = {
-        names[kind]: f"{origin}; {_failures(run.count(kind))}"
-        for kind, origin in run.provenance.items()
-    }
+    rows = {}
+    for kind, origin in run.provenance.items():
+        counts = run.count(kind)
+        failed = [f"{n:,} {status}" for status, n in sorted(counts.items()) if status != "ok"]
+        rows[names[kind]] = ", ".join([f"{origin}: {counts.get('ok', 0):,} ok", *failed])
     return rows | {name.capitalize(): value for name, value in run.model.items()}
 
 

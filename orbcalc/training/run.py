@@ -22,11 +22,12 @@ from ase import Atoms
 from orbcalc.config import TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, LabelConflictError
 from orbcalc.labels.store import LabelStore, is_label_store
+from orbcalc.model.archive import replace_file
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
 from orbcalc.properties import REF_ENERGY, REF_METHOD, XTB_METHOD
-from orbcalc.structures import read_structures, structure_key
+from orbcalc.structures import hold_out, read_structures, structure_key
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.loss import ErrorSums, active_properties
@@ -79,13 +80,13 @@ def train_member(
 ) -> Path:
     """Train one member to its end; returns the file that holds it."""
     finished = _member_path(config, member)
+    finished.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_other_run(config, finished.parent / "config.json")
     if finished.exists():
         return finished
-    finished.parent.mkdir(parents=True, exist_ok=True)
     train_set, valid_set = _datasets(config, structures)
     seed = int(np.random.SeedSequence([config.seed, member]).generate_state(1)[0])
     state_path = finished.with_suffix(".state")
-    _refuse_other_run(config, finished.parent / "config.json")
     trainer = Trainer(
         train_set,
         valid_set,
@@ -167,12 +168,13 @@ def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Ato
     labelled = [i for i, atoms in enumerate(structures) if REF_ENERGY in atoms.info]
     candidates = labelled or list(range(len(structures)))
     n_valid = max(1, round(fraction * len(candidates)))
-    if n_valid >= len(structures):
-        raise ConfigError(
-            f"{len(structures)} structures are too few to hold out {fraction:.0%} for validation"
-        )
     order = np.random.default_rng(seed).permutation(candidates)
-    held_out = set(order[:n_valid].tolist())
+    held_out = set(hold_out(structures, order.tolist(), n_valid))
+    if not held_out or len(held_out) == len(candidates):
+        raise ConfigError(
+            f"{len(candidates)} labelled structures are too few to hold out {fraction:.0%} for "
+            f"validation and to train on the others. Give more structures, or `valid`."
+        )
     train_set = [atoms for i, atoms in enumerate(structures) if i not in held_out]
     return train_set, [structures[i] for i in sorted(held_out)]
 
@@ -222,12 +224,12 @@ def _member_path(config: TrainConfig, member: int) -> Path:
 def _refuse_other_run(config: TrainConfig, path: Path) -> None:
     """Write down what is trained here, and refuse to go on with something else."""
     text = config.model_dump_json()
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_bytes() != text.encode():
         raise CheckpointError(
             f"{path.parent} holds an unfinished training of another configuration. "
             f"Restore that configuration to go on, or delete the folder."
         )
-    path.write_text(text)
+    replace_file(path, text.encode())  # members in other processes read it too
 
 
 def _methods(structures: list[Atoms]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from orbcalc.config import TaskWeights, TrainConfig
-from orbcalc.errors import CheckpointError, ConfigError
+from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
 from orbcalc.graph import AtomGraph
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset, Targets
@@ -64,6 +64,13 @@ class Trainer:
         train.require(config.tasks)
         if len(valid) == 0:
             raise ConfigError("the validation set is empty; give more structures, or `valid`")
+        census = valid.census()
+        if not any(getattr(config.tasks, task) > 0 and count for task, count in census.items()):
+            raise MissingLabelError(
+                f"the validation set ({len(valid)} structures) has no label of any task with "
+                f"weight ({census}): the best weights could not be told. Label it, or leave "
+                f"`valid` out."
+            )
         self.train, self.valid, self.config, self.seed = train, valid, config, seed
         self.state_path, self.report = state_path, report
         self.device = resolve_device(config.device)
@@ -147,6 +154,11 @@ class Trainer:
         loss, errors = evaluate(
             state.averaged, self.valid, self.config.tasks, scales, self.config.optimizer.batch_size
         )
+        if not math.isfinite(loss):
+            raise CheckpointError(
+                f"the validation loss is not finite at step {state.step} ({errors}). Lower "
+                f"optimizer.learning_rate, or look for wrong labels."
+            )
         state.keep_if_best(loss)
         record = {"step": state.step, "valid_loss": loss, **errors}
         state.history.append(record)

@@ -1,0 +1,223 @@
+"""Configurations: helpful errors, paths, round trips, rules that span several keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orbcalc.config import (
+    LabelConfig,
+    PotentialConfig,
+    RunConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from orbcalc.errors import ConfigError, OrbcalcError
+
+ROOT = Path(__file__).parents[2]
+RUN = {"pool": {"structures": "pool.xyz"}}
+TRAIN = {"train": "train.xyz"}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (
+            TrainConfig,
+            TRAIN | {"optimizer": {"learning_rat": 0.1}},
+            "unknown key 'learning_rat' in [optimizer]; did you mean 'learning_rate'?",
+        ),
+        (TrainConfig, TRAIN | {"sed": 1}, "unknown key 'sed'; did you mean 'seed'?"),
+        (
+            TrainConfig,
+            TRAIN | {"tasks": {"xyz": 1}},
+            "unknown key 'xyz' in [tasks]; known keys: energy, forces, stress, charges",
+        ),
+        (
+            RunConfig,
+            {"pool": {"start": "a.xyz", "md": {"temperature": 300}}},
+            "unknown key 'temperature' in [pool.md]; did you mean 'temperature_K'?",
+        ),
+        (
+            RunConfig,
+            RUN | {"labels": {"reference": {"calculater": "pyscf"}}},
+            "unknown key 'calculater' in [labels.reference]; did you mean 'calculator'?",
+        ),
+        (TrainConfig, {}, "missing key 'train'"),
+        (RunConfig, {}, "missing key 'pool'"),
+        (
+            TrainConfig,
+            TRAIN | {"potential": {"cutoff": 50}},
+            "potential.cutoff: Input should be less than or equal to 20",
+        ),
+        (TrainConfig, TRAIN | {"potential": {"cutoff": float("nan")}}, "potential.cutoff"),
+        (
+            TrainConfig,
+            TRAIN | {"dtype": "float16"},
+            "dtype: Input should be 'float32' or 'float64'",
+        ),
+        (TrainConfig, TRAIN | {"committee": 0}, "committee"),
+        (TrainConfig, TRAIN | {"valid": 1.5}, "valid"),
+    ],
+)
+def test_what_a_config_error_says(model, data, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, model, source="my.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("my.yaml:\n")
+    assert isinstance(caught.value, OrbcalcError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_all_problems_are_listed():
+    data = {"optimizer": {"learning_rat": 0.1, "steps": -1}, "comittee": 2}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, TrainConfig)
+    for word in ("learning_rat", "optimizer.steps", "did you mean 'committee'", "'train'"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (PotentialConfig, {"l_max": 1, "hidden_l_max": 2}, "hidden_l_max 2 exceeds l_max 1"),
+        (
+            PotentialConfig,
+            {"hidden_l_max": 1},
+            "charge_head: equivariant needs hidden_l_max >= 2 .*choose charge_head: invariant",
+        ),
+        (
+            TrainConfig,
+            TRAIN | {"tasks": {"energy": 0, "forces": 0, "charges": 0}},
+            "all weights are 0: nothing would be learned",
+        ),
+        (
+            TrainConfig,
+            TRAIN | {"potential": {"charge_head": "none"}},
+            "tasks.charges has weight, but potential.charge_head is none",
+        ),
+        (TrainConfig, TRAIN | {"valid": 1.0}, "is not a fraction between 0 and 1"),
+        (RunConfig, {"pool": {}}, "the pool is empty"),
+        (RunConfig, {"pool": {"md": {}}}, "md needs starting structures"),
+        (
+            RunConfig,
+            RUN | {"labels": {"charges": False}},
+            "tasks.charges has weight, but labels.charges is false",
+        ),
+        (
+            RunConfig,
+            RUN | {"labels": {"forces": False}},
+            "tasks.forces has weight, but labels.forces is false",
+        ),
+        (
+            RunConfig,
+            RUN | {"tasks": {"stress": 1.0}},
+            "tasks.stress has weight, but labels.stress is false",
+        ),
+        (
+            RunConfig,
+            {
+                "pool": {"start": "a.xyz", "md": {}},
+                "labels": {"reference": {"calculator": "file"}},
+            },
+            "cannot label structures made by md",
+        ),
+    ],
+)
+def test_contradictions(model, data, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(data, model)
+
+
+def test_inputs_start_at_the_file_and_outputs_where_we_run(tmp_path, monkeypatch):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    absolute = tmp_path / "elsewhere" / "c.db"
+    (folder / "train.yaml").write_text(
+        f"train: [a.xyz, ../b.xyz, {absolute}]\nvalid: v.xyz\nstart_from: m.orbcalc\n"
+        f"output: out/model.orbcalc\n"
+    )
+    config = load_config(Path("study/train.yaml"), TrainConfig)
+    assert config.train == (folder / "a.xyz", tmp_path / "b.xyz", absolute)
+    assert config.valid == (folder / "v.xyz",)
+    assert config.start_from == folder / "m.orbcalc"
+    assert config.output == Path("out/model.orbcalc")
+
+
+def test_nested_paths_are_resolved_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("pool: {start: a.xyz, structures: [b.xyz], md: {}}\n")
+    config = load_config(tmp_path / "run.yaml", RunConfig)
+    assert config.pool.start == (tmp_path / "a.xyz",)
+    assert config.pool.structures == (tmp_path / "b.xyz",)
+    assert config.output == Path("run")
+
+
+def test_a_fraction_is_not_a_path():
+    assert parse_config(TRAIN | {"valid": 0.25}, TrainConfig).valid == 0.25
+    assert parse_config(TRAIN | {"valid": "0.25"}, TrainConfig).valid == (Path("0.25"),)
+
+
+@pytest.mark.parametrize("model", [TrainConfig, RunConfig])
+def test_what_is_dumped_can_be_loaded(model, tmp_path):
+    data = TRAIN if model is TrainConfig else RUN
+    config = parse_config(data, model, folder=tmp_path)
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml", model) == config
+    written = yaml.safe_load(dump_config(config))
+    assert set(written) == set(model.model_fields), "every default is spelled out"
+
+
+def test_configurations_do_not_change():
+    config = parse_config(TRAIN, TrainConfig)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    assert LabelConfig().reference is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [a", "is not valid YAML"),
+        ("- a\n- b\n", "must hold keys and values, got list"),
+        ("", "must hold keys and values, got NoneType"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "bad.yaml", TrainConfig)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*missing\.yaml"):
+        load_config(tmp_path / "missing.yaml", TrainConfig)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load_config(tmp_path / "binary.yaml", TrainConfig)
+
+
+def test_numbers_in_scientific_notation(tmp_path):
+    """YAML 1.1 takes 1e-3 for text, which pydantic turns into a number all the same."""
+    (tmp_path / "train.yaml").write_text("train: a.xyz\noptimizer: {learning_rate: 1e-3}\n")
+    assert load_config(tmp_path / "train.yaml", TrainConfig).optimizer.learning_rate == 1e-3
+
+
+def test_every_key_of_a_schema_has_a_type():
+    for model in (TrainConfig, RunConfig):
+        schema = model.model_json_schema()
+        assert schema["additionalProperties"] is False
+        assert set(schema["properties"]) == set(model.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/config.yaml")), ids=str)
+def test_examples_are_valid(path):
+    config = load_config(path, RunConfig)
+    assert config.pool.start or config.pool.structures
+    for structures in (*config.pool.start, *config.pool.structures):
+        assert structures.exists()
