@@ -67,7 +67,7 @@ def write_pool(path: Path, structures: list[Atoms]) -> Path:
 
 
 # --------------------------------------------------------------------- configurations
-def run_data(pool: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def run_data(pool: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
     """Return the configuration of a small run; changes replace or extend its sections."""
     data: dict[str, Any] = {
         "output": str(output),
@@ -87,12 +87,12 @@ def run_data(pool: Path, output: Path, **changes: Any) -> dict[str, Any]:
     return data
 
 
-def run_config(pool: Path, output: Path, **changes: Any) -> RunConfig:
+def run_config(pool: Path, output: Path, /, **changes: Any) -> RunConfig:
     """Return the same as an object."""
     return parse_config(run_data(pool, output, **changes), RunConfig)
 
 
-def train_config(train: Path, output: Path, **changes: Any) -> TrainConfig:
+def train_config(train: Path, output: Path, /, **changes: Any) -> TrainConfig:
     """Return the configuration of a small training."""
     options = {**OPTIMIZER, **changes.pop("optimizer", {})}
     potential = {**POTENTIAL, **changes.pop("potential", {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 
 import torch
 from torch import Tensor
@@ -15,7 +14,10 @@ __all__ = ["calibrate"]
 
 
 def calibrate(committee: Committee, dataset: LabelDataset, batch_size: int = 32) -> Committee:
-    """Scale the uncertainties so that errors divided by them have a mean square of one.
+    """Scale the uncertainties so that their mean square is the mean square of the errors.
+
+    The mean of squared *ratios* would be the usual choice, but it is ruled by the few structures
+    where a small committee happens to agree.
 
     Parameters
     ----------
@@ -30,23 +32,26 @@ def calibrate(committee: Committee, dataset: LabelDataset, batch_size: int = 32)
         The same members. Quantities without labels, and a committee of one, keep a factor of 1.
     """
     raw = Committee([*committee.members])
-    energy: list[Tensor] = []
-    forces: list[Tensor] = []
+    energy: list[tuple[Tensor, Tensor]] = []
+    forces: list[tuple[Tensor, Tensor]] = []
     for graph, targets in on_device(dataset, batch_size, committee.first):
         prediction = raw(graph, ("energy", "forces"))
         if prediction.energy_uncertainty is None or prediction.forces_uncertainty is None:
             return committee
-        energy.append((prediction.energy - targets.energy) / prediction.energy_uncertainty)
-        errors = (prediction.forces - targets.forces) / prediction.forces_uncertainty[:, None]
-        forces.append(errors.flatten())
-    factors = Calibration(energy=_root_mean_square(energy), forces=_root_mean_square(forces))
+        n_atoms = graph.n_atoms_of_structure.sqrt()  # large structures must not rule
+        error = prediction.energy - targets.energy
+        energy.append((error / n_atoms, prediction.energy_uncertainty / n_atoms))
+        errors = (prediction.forces - targets.forces).flatten()
+        forces.append((errors, prediction.forces_uncertainty.repeat_interleave(3)))
+    factors = Calibration(energy=_factor(energy), forces=_factor(forces))
     return Committee([*committee.members], factors)
 
 
-def _root_mean_square(ratios: list[Tensor]) -> float:
-    joined = torch.cat(ratios)
-    joined = joined[torch.isfinite(joined)]
-    if len(joined) == 0:
+def _factor(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    errors, spreads = (torch.cat(column) for column in zip(*pairs, strict=True))
+    labelled = torch.isfinite(errors)
+    if not labelled.any():
         return 1.0
-    size = math.sqrt(float(joined.pow(2).mean()))
-    return size if size > 0 else 1.0
+    size = float(errors[labelled].pow(2).mean().sqrt())
+    spread = float(spreads[labelled].pow(2).mean().sqrt())
+    return size / spread if size > 0 and spread > 0 else 1.0
