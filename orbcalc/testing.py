@@ -281,7 +281,7 @@ def _representation(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "23
         before, after = (
             o3.spherical_harmonics(irrep.l, xyz, normalize=True).numpy() for xyz in (points, turned)
         )
-        matrix[span, span] = np.linalg.lstsq(before, after)[0].T
+        matrix[span, span] = np.linalg.lstsq(before, after, rcond=None)[0].T
     return matrix
 
 

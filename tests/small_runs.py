@@ -127,6 +127,10 @@ class SlowGFN2(TBLite):  # type: ignore[misc]
                 file.write(f"{structure_key(atoms)}\n")
 
 
+#: Configuration of the slow reference method.
+SLOW: dict[str, Any] = {"calculator": "small_runs:SlowGFN2", "arguments": {"pause": 0.1}}
+
+
 class FussyCalculator(Calculator):
     """Springs between all atoms; fails above z = 100 Å, and gives NaN above z = 50 Å."""
 

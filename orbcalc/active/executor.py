@@ -113,10 +113,10 @@ class Executor:
         self.client.wait_for_workers(1)
         name = _RESOURCES[kind]
         if any(name in worker["resources"] for worker in self._workers()):
-            return {name: 1}
+            return {name: 1.0}
         if any(worker["resources"] for worker in self._workers()):
             logger.warning("no worker offers %s yet: its tasks wait for one", name)
-            return {name: 1}
+            return {name: 1.0}
         return {}
 
     def _workers(self) -> list[dict[str, Any]]:

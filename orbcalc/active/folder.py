@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,8 +133,12 @@ def write_text(path: Path, text: str) -> None:
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
     """Append one line in a single write, so that several writers do not mix."""
-    line = json.dumps(record) + "\n"
-    with path.open("a", encoding="utf-8") as file:
+    line = (json.dumps(record) + "\n").encode()
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill cut the last line off: it must not spoil this one
+                line = b"\n" + line
         file.write(line)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import CalculationFailed
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import Stationary, thermalize_momenta
+from ase.md.velocitydistribution import thermalize_momenta
 
 from orbcalc.active.labelling import worker_process
 from orbcalc.config import MDConfig
@@ -73,13 +73,13 @@ def walk(
     moving = atoms.copy()
     moving.calc = calculator
     thermalize_momenta(moving, config.temperature_K, rng=rng)
-    if not moving.constraints:
-        Stationary(moving)
     dynamics = Langevin(
         moving,
         timestep=config.timestep_fs * units.fs,
         temperature_K=config.temperature_K,
         friction=config.friction_per_fs / units.fs,
+        fixcm=False,  # the other choice does not sample NVT, and has no single atom
+        fixcm=False,  # a drift of the whole changes nothing, fixing it changes the ensemble
         rng=rng,
     )
     frames: list[Atoms] = []

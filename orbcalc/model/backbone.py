@@ -132,8 +132,10 @@ class AtomUpdate(nn.Module):
         self.shift = nn.Linear(channels, channels)
         self.scalars = nn.Linear(channels, channels, bias=False)
         nn.init.normal_(self.scalars.weight, std=1.6 / math.sqrt(channels))
-        self.gate_tensors = nn.Linear(channels, max(l_out, 1) * channels)
-        self.skip = DegreeLinear(l_in, channels, channels)
+        if l_out > 0:
+            self.gate_tensors = nn.Linear(channels, l_out * channels)
+            if l_in > 0:
+                self.skip = DegreeLinear(l_in, channels, channels)
         self.register_buffer("degree_of_component", degree_of_component(l_max), persistent=False)
 
     def forward(
@@ -188,8 +190,10 @@ class Backbone(nn.Module):
         self.updates = nn.ModuleList()
         for layer in range(config.layers):
             l_in = 0 if layer == 0 else l_hidden
+            # Only an equivariant head reads more than scalars behind the last layer.
+            is_read = layer < config.layers - 1 or config.charge_head == "equivariant"
             self.densities.append(NeighborDensity(config, l_in))
-            self.updates.append(AtomUpdate(config, l_in, l_hidden))
+            self.updates.append(AtomUpdate(config, l_in, l_hidden if is_read else 0))
 
     def forward(
         self,

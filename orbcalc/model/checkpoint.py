@@ -39,7 +39,7 @@ def save_model(
     Raises
     ------
     CheckpointError
-        If it cannot be written; an older file at the place stays.
+        If it cannot be written, or a weight is not finite; an older file at the place stays.
     """
     content = {
         "members": [potential_content(member) for member in _members(committee)],
@@ -52,6 +52,7 @@ def save_model(
         for number, member in enumerate(_members(committee))
         for name, tensor in member.state_dict().items()
     }
+    _refuse_not_finite(tensors)
     write_archive(path, kind=_KIND, version=_VERSION, content=content, tensors=tensors)
 
 
@@ -119,11 +120,15 @@ def potential_from(content: Mapping[str, Any], dtype: torch.dtype) -> Potential:
 
 def load_weights(potential: Potential, weights: Mapping[str, Tensor]) -> None:
     """Load weights, all of them, and refuse any that are not finite."""
-    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise CheckpointError(f"weight {bad[0]} holds NaN or infinity: the training failed")
+    _refuse_not_finite(weights)
     potential.load_state_dict(dict(weights), strict=True)
 
 
 def _members(committee: Committee) -> list[Potential]:
     return [member for member in committee.members if isinstance(member, Potential)]
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"weight {bad[0]} holds NaN or infinity: the training failed")

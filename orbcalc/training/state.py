@@ -32,7 +32,7 @@ class TrainState:
     best_loss: float = float("inf")
     stale: int = 0
     """Validations since the best one."""
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, int | float]] = field(default_factory=list)
 
     @classmethod
     def start(cls, potential: Potential, config: OptimizerConfig) -> TrainState:

@@ -135,12 +135,13 @@ class Trainer:
         state.step += 1
         state.average(options.ema_decay)
 
-    def _indices(self, step: int) -> np.ndarray:
+    def _indices(self, step: int) -> list[int]:
         """Return the structures of a step: a new random order in each epoch."""
         epoch, position = divmod(step, self.batches_per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train))
         size = self.config.optimizer.batch_size
-        return order[position * size : (position + 1) * size]
+        chosen: list[int] = order[position * size : (position + 1) * size].tolist()
+        return chosen
 
     def _schedule(self, step: int) -> float:
         """Return the factor of the learning rate: linear warm-up, then half a cosine to 1 %."""

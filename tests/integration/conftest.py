@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 from ase import Atoms
 from distributed import Client
+from killed_run import Story, live_through
 from small_runs import waters, write_pool
 
 from orbcalc.active.executor import Executor, _local_cluster
@@ -65,6 +66,12 @@ def labelled_waters(label_store: Path) -> list[Atoms]:
 def labelled_file(labelled_waters: list[Atoms], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a file."""
     return write_pool(tmp_path_factory.mktemp("file") / "waters.extxyz", labelled_waters)
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """A run that was killed twice, and one that was not."""
+    return live_through(tmp_path_factory.mktemp("kill"))
 
 
 @pytest.fixture

@@ -1,0 +1,136 @@
+"""Tasks on real workers: where they run, what comes back, and what a death costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client, LocalCluster
+from small_runs import die_always, die_once, loaded_modules, nap, square
+
+from orbcalc.active import executor as executor_module
+from orbcalc.active.executor import Executor, open_executor
+from orbcalc.active.labelling import label_into_store
+from orbcalc.config import DaskConfig, LabelConfig
+from orbcalc.labels.label import LabelStatus
+from orbcalc.labels.store import LabelStore
+from orbcalc.structures import structure_key
+
+
+def test_results_come_with_their_items(executor: Executor) -> None:
+    assert sorted(executor.map(square, range(10), "label")) == [(n, n * n) for n in range(10)]
+
+
+def test_what_a_task_raises_is_its_outcome(executor: Executor) -> None:
+    outcomes = dict(executor.map(square, [2, -3], "model"))
+    assert outcomes[2] == 4
+    assert isinstance(outcomes[-3], ValueError)
+    assert str(outcomes[-3]) == "-3 is negative"
+
+
+def test_items_are_drawn_as_workers_become_free(executor: Executor) -> None:
+    drawn: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(20):
+            drawn.append(number)
+            yield number
+
+    results = executor.map(square, source(), "label")
+    next(results)
+    assert len(drawn) == 2 * executor.n_workers("label") + 1
+    assert len(list(results)) == 19
+
+
+def test_whoever_stops_early_cancels_the_rest(executor: Executor) -> None:
+    results = executor.map(nap, [0.0, 30.0, 30.0, 30.0], "label")
+    assert next(results) == (0.0, 0.0)
+    results.close()  # type: ignore[attr-defined]
+    executor.client.restart(timeout=30)  # the naps that had begun
+    assert dict(executor.map(square, [5], "label")) == {5: 25}
+
+
+def test_nothing_to_do_is_done_at_once(executor: Executor) -> None:
+    assert list(executor.map(square, [], "label")) == []
+
+
+def test_waiting_is_not_idle(executor: Executor) -> None:
+    calls: list[None] = []
+    list(executor.map(nap, [0.7], "model", on_wait=lambda: calls.append(None)))
+    assert 2 <= len(calls) <= 5
+
+
+def test_each_kind_has_its_own_workers(executor: Executor) -> None:
+    assert (executor.n_workers("label"), executor.n_workers("model")) == (2, 2)
+    seen = {
+        kind: {pid for _, (pid, _) in executor.map(loaded_modules, range(8), kind)}
+        for kind in ("label", "model")
+    }
+    assert not seen["label"] & seen["model"]
+    assert os.getpid() not in seen["label"] | seen["model"]
+    for _, (_, modules) in executor.map(loaded_modules, range(4), "label"):
+        assert not {"torch", "e3nn"} & set(modules)
+
+
+def test_one_thread_each(client: Client) -> None:
+    for threads in client.run(os.environ.get, "OMP_NUM_THREADS").values():
+        assert threads == "1"
+
+
+def test_a_task_outlives_its_worker(executor: Executor, tmp_path: Path) -> None:
+    assert dict(executor.map(die_once, [str(tmp_path / "x")], "label")).popitem()[1] == "survived"
+
+
+def test_a_task_that_kills_every_worker_is_given_up(executor: Executor) -> None:
+    (_, outcome), *rest = executor.map(die_always, [None], "label")
+    assert rest == []
+    assert type(outcome).__name__ == "KilledWorker"
+
+
+def test_labels_whose_worker_dies_again_and_again_are_failures(
+    executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from structures import water
+
+    monkeypatch.setattr("orbcalc.active.labelling.label_chunk", die_always)
+    store = LabelStore(tmp_path / "labels.db")
+    assert label_into_store(executor, [water()], LabelConfig(), store) == {"crashed": 2}
+    label = store.get(structure_key(water()), "reference")
+    assert label is not None
+    assert label.status is LabelStatus.crashed
+    assert label.message.startswith("the worker died")
+
+
+def test_a_cluster_without_resources_is_used_as_it_is() -> None:
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None
+        ) as cluster,
+        Client(cluster, set_as_default=False) as plain,
+    ):
+        executor = Executor(plain)
+        assert (executor.n_workers("label"), executor.n_workers("model")) == (3, 3)
+        assert dict(executor.map(square, [3], "model")) == {3: 9}
+
+
+def test_a_given_client_is_left_open(client: Client) -> None:
+    with open_executor(DaskConfig(retries=7), client=client) as opened:
+        assert opened.client is client
+        assert opened.retries == 7
+    assert client.status == "running"
+
+
+def test_an_address_opens_the_scheduler_there(client: Client) -> None:
+    with open_executor(DaskConfig(address=client.scheduler.address)) as opened:
+        assert opened.client is not client
+        assert dict(opened.map(square, [4], "label")) == {4: 16}
+    assert opened.client.status == "closed"
+    assert client.status == "running"
+
+
+@pytest.mark.parametrize("visible", ["", "0,1"])
+def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert executor_module._gpu_names() == [n for n in visible.split(",") if n]

@@ -1,0 +1,369 @@
+"""The loop in every kind of pool, to every kind of end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import molecule
+from distributed import Client
+from killed_run import INITIAL, Story
+from small_runs import run_config, waters, write_pool
+
+from orbcalc.active.certificate import Certificate
+from orbcalc.active.executor import Executor
+from orbcalc.active.folder import RunFolder, read_json, read_jsonl, write_structures
+from orbcalc.active.loop import _BATCH, ActiveLearning, _held_out, run
+from orbcalc.active.selection import draw_audit
+from orbcalc.config import RunConfig, StopConfig
+from orbcalc.errors import ConfigError, MissingLabelError
+from orbcalc.labels.label import LabelStatus
+from orbcalc.labels.store import LabelStore
+from orbcalc.model.checkpoint import load_model
+from orbcalc.structures import read_structures, structure_key
+
+FORGIVING = {"tolerance": 100.0, "accuracy": 0.5}
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """Thirty waters."""
+    return write_pool(tmp_path / "pool.extxyz", waters(30))
+
+
+class StopHereError(Exception):
+    """Stands for a kill."""
+
+
+def stop_at(**wanted: Any) -> Any:
+    """Return a listener that ends the run at an event."""
+
+    def notify(record: Mapping[str, Any]) -> None:
+        if all(record.get(key) == value for key, value in wanted.items()):
+            raise StopHereError
+
+    return notify
+
+
+def raised(config: RunConfig, **stop: int | None) -> RunConfig:
+    """Return a configuration with other limits."""
+    return config.model_copy(update={"stop": StopConfig.model_validate(stop)})
+
+
+# --------------------------------------------------------------------- a whole run
+def test_a_whole_run_leaves_a_complete_folder(story: Story) -> None:
+    folder = RunFolder(story.undisturbed)
+    for path in (folder.config_file, folder.labels, folder.model, folder.certificate):
+        assert path.stat().st_size > 0
+    for path in (folder.events, folder.metrics, folder.report):
+        assert path.stat().st_size > 0
+    assert not list(story.undisturbed.rglob("*.tmp"))
+    assert not list(story.undisturbed.rglob("*.training"))
+    assert "<html" in folder.report.read_text()
+
+
+def test_its_certificate_says_why_it_ended(story: Story) -> None:
+    certificate = Certificate.from_json((story.undisturbed / "certificate.json").read_text())
+    assert not certificate.certified
+    assert certificate.reason == "max_rounds"
+    assert [look.look for look in certificate.looks] == [1, 2]
+    pool = RunFolder(story.undisturbed).pool(3)
+    assert certificate.n_pool == len(pool)
+    first, second = certificate.looks
+    assert first.n_labelled == INITIAL
+    assert second.n_labelled == INITIAL + 6 + 6
+    assert first.n_pool == second.n_pool == len(pool) > 30  # MD has added to both rounds
+
+
+def test_its_events_tell_the_story_in_order(story: Story) -> None:
+    events = read_jsonl(story.undisturbed / "events.jsonl")
+    one_round = ["walk", "walk", "pool", "selection", "labelled", "trained", "round"]
+    later = ["walk", "walk", "pool", "selection", "labelled", "look", "labelled", "trained"]
+    last = ["selection", "labelled", "look", "finished"]
+    assert [e["event"] for e in events] == [*one_round, *later, "round", *last]
+    walks = [e for e in events if e["event"] == "walk"]
+    assert [w["ended"] for w in walks] == ["finished"] * 4
+    assert [w["frames"] for w in walks] == [5] * 4
+
+
+def test_its_labels_are_an_ase_database(story: Story) -> None:
+    with ase.db.connect(story.undisturbed / "labels.db") as database:
+        rows = list(database.select())
+    assert len(rows) == INITIAL + 6 + 6 + 6
+    for row in rows:
+        assert row.reference_status == "ok"
+        assert row.energy < -100
+        assert row.forces.shape == (3, 3)
+
+
+def test_what_is_released_is_the_model_that_was_looked_at(story: Story) -> None:
+    rounds = [story.undisturbed / "rounds" / f"{n:03d}" for n in range(3)]
+    assert (story.undisturbed / "model.orbcalc").read_bytes() == (
+        rounds[1] / "model.orbcalc"
+    ).read_bytes()
+    assert not (rounds[2] / "model.orbcalc").exists()
+    committee, metadata = load_model(rounds[1] / "model.orbcalc")
+    assert len(committee.members) == 2
+    assert metadata["labels"]["reference"].startswith("SlowGFN2")
+    counts = metadata["training_set"]
+    assert counts["n_train"] + counts["n_valid"] == INITIAL + 6 + 6
+
+
+def test_the_hardest_are_selected_and_the_audit_is_apart(story: Story) -> None:
+    selection = read_json(story.undisturbed / "rounds" / "001" / "selection.json")
+    audit, batch = selection["audit"], selection["batch"]
+    assert (len(audit), len(batch)) == (6, 6)
+    assert not set(audit) & set(batch)
+    assert set(selection["predictions"]) == {*audit, *batch}
+
+
+# ------------------------------------------------------------------------------ ends
+def test_a_certified_run_ends_and_stays_ended(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(pool, tmp_path / "run", certificate=FORGIVING)
+    certificate = run(config, client=client)
+    assert certificate.certified
+    assert certificate.reason == "certified"
+    before = {p: p.stat().st_mtime_ns for p in config.output.rglob("*")}
+    monkeypatch.setattr("orbcalc.active.loop.open_executor", pytest.fail)
+    assert run(raised(config, max_rounds=9)) == certificate
+    assert {p: p.stat().st_mtime_ns for p in config.output.rglob("*")} == before
+
+
+def test_raised_rounds_go_on_with_the_looks_so_far(
+    client: Client, pool: Path, tmp_path: Path
+) -> None:
+    config = run_config(pool, tmp_path / "run")
+    first = run(config, client=client)
+    assert (first.reason, len(first.looks)) == ("max_rounds", 1)
+    assert run(config, client=client) == first
+    second = run(raised(config, max_rounds=2), client=client)
+    assert (second.reason, len(second.looks)) == ("max_rounds", 2)
+    assert second.looks[0] == first.looks[0]
+    assert len(LabelStore(config.output / "labels.db")) == 10 + 4 + 6 + 4
+
+
+def test_the_label_budget_is_kept_even_across_a_kill(
+    client: Client, pool: Path, tmp_path: Path
+) -> None:
+    """The decision at a look must not see labels that were made after it."""
+    limits = {"max_rounds": 9, "max_labels": 20}
+    undisturbed = run(run_config(pool, tmp_path / "a", stop=limits), client=client)
+    config = run_config(pool, tmp_path / "b", stop=limits)
+    with pytest.raises(StopHereError):
+        run(config, client=client, notify=stop_at(event="labelled", round=1, purpose="batch"))
+    resumed = run(config, client=client)
+    for certificate in (undisturbed, resumed):
+        assert certificate.reason == "max_labels"
+        assert [look.n_audit for look in certificate.looks] == [4, 0]
+    assert resumed.looks == undisturbed.looks
+    assert len(LabelStore(config.output / "labels.db")) == 20
+    more = run(raised(config, max_rounds=9, max_labels=24), client=client)
+    assert more.reason == "max_labels"
+    assert len(LabelStore(config.output / "labels.db")) == 24
+
+
+def test_a_pool_that_is_used_up_is_labelled_completely(client: Client, tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool.extxyz", waters(16))
+    config = run_config(
+        pool,
+        tmp_path / "run",
+        selection={"initial": 10, "batch": 4, "audit": 2},
+        stop={"max_rounds": 9},
+    )
+    certificate = run(config, client=client)
+    assert certificate.certified  # every structure has a reference label
+    assert certificate.looks[-1].accuracy_bound == 1.0
+    assert len(LabelStore(config.output / "labels.db")) == 16
+
+
+def test_a_used_up_pool_with_failures_is_not_certified(client: Client, tmp_path: Path) -> None:
+    structures = waters(16)
+    for atoms in structures[:6]:
+        atoms.positions[:, 2] += 200 if atoms is structures[0] else 70
+    config = run_config(
+        write_pool(tmp_path / "pool.extxyz", structures),
+        tmp_path / "run",
+        labels={"reference": {"calculator": "small_runs:FussyCalculator"}},
+        selection={"initial": 10, "batch": 4, "audit": 2},
+        stop={"max_rounds": 9},
+    )
+    certificate = run(config, client=client)
+    assert certificate.reason == "pool exhausted"
+    assert certificate.looks[-1].n_right == 10
+    store = LabelStore(config.output / "labels.db")
+    assert store.census()["reference"]["failed"] == 6
+    failed = set(store.keys("reference", LabelStatus.failed))
+    for path in config.output.glob("rounds/*/*.extxyz"):
+        if path.name in ("train.extxyz", "valid.extxyz"):
+            assert not failed & {structure_key(atoms) for atoms in read_structures(path)}
+    misses = sum(look.n_audit_misses for look in certificate.looks)
+    assert misses >= sum(look.n_audit_failed for look in certificate.looks)
+    messages = {label.message for key in failed if (label := store.get(key, "reference"))}
+    assert any("not finite: energy" in message for message in messages)
+    assert any("no convergence" in message for message in messages)
+
+
+def test_the_rule_of_the_paper_is_a_choice(client: Client, pool: Path, tmp_path: Path) -> None:
+    config = run_config(
+        pool,
+        tmp_path / "run",
+        certificate={"method": "kl_batch", "tolerance": 100.0, "accuracy": 0.4},
+        stop={"max_rounds": 4},
+    )
+    certificate = run(config, client=client)
+    assert certificate.certified
+    assert {look.method for look in certificate.looks} == {"kl_batch"}
+    assert certificate.looks[0].n_audit == 6  # the batch itself
+    assert "two assumptions that were not checked" in certificate.statement
+    selection = read_json(config.output / "rounds" / "001" / "selection.json")
+    assert selection["audit"] == []
+
+
+# ---------------------------------------------------------------------------- refusals
+def test_the_folder_of_another_run_is_refused(pool: Path, tmp_path: Path) -> None:
+    config = run_config(pool, tmp_path / "run")
+    RunFolder(config.output).prepare(config)
+    with pytest.raises(ConfigError, match="holds a run of another configuration"):
+        run(run_config(pool, tmp_path / "run", seed=2))
+
+
+def test_file_labels_are_counted_before_anything_starts(
+    labelled_waters: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structures = [atoms.copy() for atoms in labelled_waters]
+    del structures[25].info["REF_energy"]
+    config = run_config(
+        write_pool(tmp_path / "pool.extxyz", structures),
+        tmp_path / "run",
+        labels={"reference": {"calculator": "file"}},
+    )
+    monkeypatch.setattr("orbcalc.active.loop.open_executor", pytest.fail)
+    with pytest.raises(MissingLabelError, match=r"REF_energy: 29 of 30.*structure 25, H2O"):
+        run(config)
+
+
+def test_a_first_round_without_labels_ends_with_a_reason(client: Client, tmp_path: Path) -> None:
+    structures = waters(12)
+    for atoms in structures:
+        atoms.positions[:, 2] += 200
+    config = run_config(
+        write_pool(tmp_path / "pool.extxyz", structures),
+        tmp_path / "run",
+        labels={"reference": {"calculator": "small_runs:FussyCalculator"}},
+    )
+    with pytest.raises(ConfigError, match=r"0 labelled structure\(s\) are too few .*failed labels"):
+        run(config, client=client)
+
+
+# --------------------------------------------------------------------------- pools
+def test_labels_of_a_file_are_taken_from_it(
+    client: Client, labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    config = run_config(
+        write_pool(tmp_path / "pool.extxyz", labelled_waters),
+        tmp_path / "run",
+        labels={"reference": {"calculator": "file"}},
+    )
+    run(config, client=client)
+    store = LabelStore(config.output / "labels.db")
+    assert len(store) == 14
+    known = {structure_key(atoms): atoms.info["REF_energy"] for atoms in labelled_waters}
+    for key in store.keys("reference", LabelStatus.ok):
+        label = store.get(key, "reference")
+        assert label is not None
+        assert label.values["energy"] == pytest.approx(known[key], abs=1e-7)
+
+
+def test_an_element_that_no_model_knows_yet_is_the_hardest_and_a_miss(
+    client: Client, tmp_path: Path
+) -> None:
+    ammonia = molecule("NH3")
+    n_pool, seed = 31, 1
+    drawn = draw_audit(n_pool, 10, np.random.default_rng([seed, 0, _BATCH]))
+    place = min(set(range(n_pool)) - set(drawn.tolist()))
+    structures = waters(n_pool - 1)
+    structures.insert(place, ammonia)
+    config = run_config(
+        write_pool(tmp_path / "pool.extxyz", structures),
+        tmp_path / "run",
+        seed=seed,
+        certificate=FORGIVING | {"accuracy": 0.999},
+        stop={"max_rounds": 2},
+    )
+    certificate = run(config, client=client)
+    first = read_json(config.output / "rounds" / "001" / "selection.json")
+    key = structure_key(ammonia)
+    assert key in (first["audit"] + first["batch"][:1])
+    assert key not in first["predictions"]
+    assert certificate.looks[0].n_audit_misses == (key in first["audit"])
+    before, _ = load_model(config.output / "rounds" / "000" / "model.orbcalc")
+    after, _ = load_model(config.output / "rounds" / "001" / "model.orbcalc")
+    assert (before.first.elements, after.first.elements) == ((1, 8), (1, 7, 8))
+
+
+class OneIsNaN(ActiveLearning):
+    """A loop whose model has no number for the first structure, and none at all for the second."""
+
+    def _predict(self, number: int, structures: Any) -> list[dict[str, Any]]:
+        good = {"energy": -1.0, "uncertainty": 0.1, "features": np.zeros(4)}
+        bad = {"energy": np.nan, "uncertainty": np.nan, "features": np.full(4, np.nan)}
+        return [bad, {}, *({**good} for _ in structures[2:])]
+
+
+def test_nan_predictions_are_the_hardest_and_never_hits(
+    executor: Executor, pool: Path, tmp_path: Path
+) -> None:
+    config = run_config(
+        pool, tmp_path / "run", selection={"audit": 28, "batch": 2}, certificate=FORGIVING
+    )
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    write_structures(folder.round(0).pool, read_structures(pool))
+    loop = OneIsNaN(config, folder, executor)
+    structures = folder.pool(1)
+    selection = loop._select(1, folder.round(1), structures)
+    unpredicted = list(structures)[:2]
+    assert not set(unpredicted) & set(selection["predictions"])
+    assert json.loads(folder.round(1).selection.read_text()) == selection
+    others = [k for k in structures if k not in unpredicted][:3]
+    rigged = {"audit": [*unpredicted, *others], "batch": [], "predictions": {}}
+    loop._label(1, "audit", [structures[key] for key in rigged["audit"]])
+    rigged["predictions"] = {
+        key: {"energy": float(label.values["energy"]), "uncertainty": 0.1}
+        for key in others
+        if (label := loop.store.get(key, "reference"))
+    }
+    look = loop._look(1, rigged, structures)
+    assert (look.n_audit, look.n_audit_misses, look.n_audit_failed) == (5, 2, 0)
+
+
+# ------------------------------------------------------------------------- held out
+def test_the_held_out_follow_from_their_content() -> None:
+    structures = waters(60)
+    out = _held_out(structures, 0.2)
+    assert 3 <= sum(out) <= 25
+    assert _held_out(structures[::-1], 0.2) == out[::-1]
+
+
+def test_something_is_always_held_out_and_something_left() -> None:
+    for n in range(2, 12):
+        for seed in range(5):
+            assert 1 <= sum(_held_out(waters(n, seed), 0.1)) <= n // 2
+    with pytest.raises(ConfigError, match="too few to train on"):
+        _held_out(waters(1), 0.1)
+    with pytest.raises(ConfigError, match="none can be held out"):
+        _held_out([molecule("H2O"), molecule("CH4")], 0.1)
+
+
+def test_the_only_structure_with_an_element_is_trained_on() -> None:
+    for seed in range(20):
+        structures = [molecule("NH3"), *waters(5, seed)]
+        assert not _held_out(structures, 0.49)[0]

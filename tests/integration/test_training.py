@@ -1,0 +1,409 @@
+"""Training as a user meets it: it learns, it goes on exactly, and it never pretends."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from small_runs import train_config, write_pool
+
+from orbcalc.config import TrainConfig
+from orbcalc.errors import (
+    CheckpointError,
+    ConfigError,
+    LabelConflictError,
+    MissingLabelError,
+)
+from orbcalc.graph import AtomGraph
+from orbcalc.labels.store import LabelStore
+from orbcalc.model.checkpoint import load_model
+from orbcalc.model.committee import Committee
+from orbcalc.orbitals import SLOTS
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_BLOCKS
+from orbcalc.structures import structure_key
+from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.run import load_labelled, split, train, train_member
+from orbcalc.training.state import TrainState
+from orbcalc.training.trainer import Trainer, resolve_device
+
+CHARGES_ONLY = {"energy": 0, "forces": 0, "charges": 1}
+
+
+class KillError(Exception):
+    """Stands for a kill."""
+
+
+def interrupt_at(step: int, member: int = 0) -> Any:
+    """Return a report that ends the training before the state of a validation is saved."""
+
+    def report(record: Mapping[str, Any]) -> None:
+        if (record["member"], record["step"]) == (member, step):
+            raise KillError
+
+    return report
+
+
+def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Tell whether two models have the same bits."""
+    first, second = one.state_dict(), other.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# --------------------------------------------------------------------------------- resume
+@pytest.mark.parametrize("tasks", [{}, CHARGES_ONLY], ids=["all", "charges"])
+def test_going_on_gives_the_same_bits_as_never_stopping(
+    labelled_file: Path, tmp_path: Path, tasks: dict[str, float]
+) -> None:
+    options = {"optimizer": {"steps": 30}, "committee": 2, "tasks": tasks}
+    undisturbed = train(train_config(labelled_file, tmp_path / "a.orbcalc", **options))
+    config = train_config(labelled_file, tmp_path / "b.orbcalc", **options)
+    for stop in (interrupt_at(20), interrupt_at(30), interrupt_at(10, member=1)):
+        with pytest.raises(KillError):
+            train(config, stop)
+    assert not config.output.exists()
+    steps: list[tuple[int, int]] = []
+    resumed = train(config, lambda record: steps.append((record["member"], record["step"])))
+    assert steps == [(1, 10), (1, 20), (1, 30)]  # the first member was finished before
+    assert equal(resumed, undisturbed)
+    assert resumed.calibration == undisturbed.calibration
+    assert [p.name for p in tmp_path.iterdir()] != []
+    assert not (tmp_path / "b.orbcalc.training").exists()
+
+
+def test_a_state_in_the_middle_of_an_epoch_is_enough(labelled_file: Path, tmp_path: Path) -> None:
+    options = {"optimizer": {"steps": 17, "evaluate_every": 3, "batch_size": 5}}
+    undisturbed = train(train_config(labelled_file, tmp_path / "a.orbcalc", **options))
+    config = train_config(labelled_file, tmp_path / "b.orbcalc", **options)
+    for step in (3, 9, 12, 17):  # 24 structures: five steps an epoch
+        with pytest.raises(KillError):
+            train(config, interrupt_at(step))
+    assert equal(train(config), undisturbed)
+
+
+def test_another_configuration_does_not_go_on_with_these_members(
+    labelled_file: Path, tmp_path: Path
+) -> None:
+    config = train_config(labelled_file, tmp_path / "a.orbcalc", committee=2)
+    train_member(config, 0)
+    other = train_config(labelled_file, tmp_path / "a.orbcalc", committee=2, seed=7)
+    for member in (0, 1):  # finished and not begun
+        with pytest.raises(CheckpointError, match="unfinished training of another configuration"):
+            train_member(other, member)
+
+
+def test_a_damaged_state_is_refused(labelled_file: Path, tmp_path: Path) -> None:
+    config = train_config(labelled_file, tmp_path / "a.orbcalc")
+    with pytest.raises(KillError):
+        train(config, interrupt_at(20))
+    (state,) = (tmp_path / "a.orbcalc.training").glob("*.state")
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"member_0\.state"):
+        train(config)
+
+
+def test_the_state_holds_everything(labelled_waters: list[Atoms], tmp_path: Path) -> None:
+    config = train_config(tmp_path / "unused", tmp_path / "unused")
+    datasets = [LabelDataset(part, 4.0) for part in split(labelled_waters, 0.2, 0)]
+    path = tmp_path / "x.state"
+    trainer = Trainer(*datasets, config, seed=3, state_path=path)
+    from orbcalc.training.run import _initial
+
+    result = trainer.fit(lambda: _initial(config, 0, 3, datasets[0]))
+    state = TrainState.load(path, config.optimizer, torch.device("cpu"))
+    assert state.step == config.optimizer.steps
+    assert [record["step"] for record in state.history] == [10, 20]
+    assert state.best_loss == min(record["valid_loss"] for record in state.history)
+    assert equal(state.result(), result)
+    moments = state.optimizer.state_dict()["state"]
+    assert len(moments) == len(list(state.potential.parameters()))
+    assert {int(m["step"]) for m in moments.values()} <= {20}
+
+
+# ------------------------------------------------------------------------------- the end
+def test_training_stops_early_when_nothing_improves(labelled_file: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+    config = train_config(
+        labelled_file,
+        tmp_path / "a.orbcalc",
+        optimizer={"steps": 1000, "patience": 2, "learning_rate": 1e-30},
+    )
+    train(config, lambda record: steps.append(record["step"]))
+    assert steps == [10, 20, 30]  # the first is the best, two more do not improve
+
+
+def test_the_best_weights_are_returned_not_the_last(labelled_file: Path, tmp_path: Path) -> None:
+    losses: list[float] = []
+    config = train_config(
+        labelled_file,
+        tmp_path / "a.orbcalc",
+        optimizer={"steps": 60, "learning_rate": 0.3, "ema_decay": 0.0, "warmup_steps": 0},
+    )
+    train(config, lambda record: losses.append(record["energy_mae"]))
+    _, metadata = load_model(config.output)
+    assert metadata["valid_errors"]["energy_mae"] in [pytest.approx(x, rel=1e-4) for x in losses]
+
+
+@pytest.mark.parametrize("rate", [1e25, 1e38])
+def test_a_loss_that_is_not_finite_is_an_error(
+    labelled_file: Path, tmp_path: Path, rate: float
+) -> None:
+    config = train_config(
+        labelled_file,
+        tmp_path / "a.orbcalc",
+        optimizer={"learning_rate": rate, "warmup_steps": 0},
+    )
+    for _ in range(2):  # nor does it succeed when it is started again
+        with pytest.raises(CheckpointError, match=r"not finite|NaN or infinity"):
+            train(config)
+    assert not config.output.exists()
+
+
+def test_a_validation_that_is_not_finite_is_an_error(
+    labelled_waters: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(tmp_path / "unused", tmp_path / "unused")
+    train_set, valid_set = (LabelDataset(p, 4.0) for p in split(labelled_waters, 0.2, 0))
+    trainer = Trainer(train_set, valid_set, config, seed=0)
+    monkeypatch.setattr(
+        "orbcalc.training.trainer.evaluate", lambda *_: (math.nan, {"energy_mae": math.nan})
+    )
+    from orbcalc.training.run import _initial
+
+    with pytest.raises(CheckpointError, match="validation loss is not finite at step 10"):
+        trainer.fit(lambda: _initial(config, 0, 0, train_set))
+
+
+# -------------------------------------------------------------------------------- labels
+def stripped(structures: list[Atoms], *keys: str) -> list[Atoms]:
+    """Return copies without some labels."""
+    copies = [atoms.copy() for atoms in structures]
+    for atoms in copies:
+        for key in keys:
+            atoms.info.pop(key, None)
+            atoms.arrays.pop(key, None)
+    return copies
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (REF_ENERGY, r"energy 0, forces 24, stress 0, charges 24.*'energy' needs REF_energy"),
+        (REF_FORCES, r"energy 24, forces 0, stress 0, charges 24.*'forces' needs REF_forces"),
+        (XTB_BLOCKS, r"energy 24, forces 24, stress 0, charges 0.*tasks: \{charges: 0\}"),
+    ],
+)
+def test_missing_labels_give_a_census(
+    labelled_waters: list[Atoms], tmp_path: Path, key: str, message: str
+) -> None:
+    path = write_pool(tmp_path / "x.extxyz", stripped(labelled_waters, key))
+    with pytest.raises(MissingLabelError, match=message):
+        train(train_config(path, tmp_path / "a.orbcalc"))
+
+
+def test_labels_that_are_all_nan_count_as_missing(
+    labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    structures = stripped(labelled_waters)
+    for atoms in structures:
+        atoms.info[REF_ENERGY] = float("nan")
+    path = write_pool(tmp_path / "x.extxyz", structures)
+    with pytest.raises(MissingLabelError, match="energy 0"):
+        train(train_config(path, tmp_path / "a.orbcalc"))
+
+
+def test_a_validation_set_without_labels_is_refused(
+    labelled_waters: list[Atoms], labelled_file: Path, tmp_path: Path
+) -> None:
+    bare = stripped(labelled_waters[:3], REF_ENERGY, REF_FORCES, XTB_BLOCKS)
+    valid = write_pool(tmp_path / "valid.extxyz", bare)
+    with pytest.raises(MissingLabelError, match="no label of any task with weight"):
+        train(train_config(labelled_file, tmp_path / "a.orbcalc", valid=str(valid)))
+
+
+def test_different_methods_are_not_mixed(labelled_waters: list[Atoms], tmp_path: Path) -> None:
+    structures = stripped(labelled_waters)
+    structures[3].info[REF_METHOD] = "PBE (other 1.0)"
+    path = write_pool(tmp_path / "x.extxyz", structures)
+    with pytest.raises(LabelConflictError, match=r"reference labels .*GFN2-xTB.*; PBE \(other"):
+        train(train_config(path, tmp_path / "a.orbcalc"))
+    good, bad = (
+        write_pool(tmp_path / name, part)
+        for name, part in (("good.extxyz", structures[4:]), ("bad.extxyz", structures[3:4]))
+    )
+    with pytest.raises(LabelConflictError):
+        train(train_config(good, tmp_path / "a.orbcalc", valid=str(bad)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_too_few_structures_are_refused(
+    labelled_waters: list[Atoms], tmp_path: Path, n: int
+) -> None:
+    path = write_pool(tmp_path / "x.extxyz", labelled_waters[:n])
+    config = train_config(path, tmp_path / "a.orbcalc", optimizer={"steps": 2})
+    if n == 1:
+        with pytest.raises(ConfigError, match="1 labelled structures are too few to hold out 20%"):
+            train(config)
+    else:
+        assert load_model(config.output)[1] if train(config) else False
+
+
+def test_one_reference_label_among_cheap_ones_is_too_few(labelled_waters: list[Atoms]) -> None:
+    cheap = stripped(labelled_waters[1:], REF_ENERGY, REF_FORCES)
+    with pytest.raises(ConfigError, match="1 labelled structures are too few"):
+        split([labelled_waters[0], *cheap], 0.2, 0)
+
+
+def test_an_element_is_never_only_held_out(
+    labelled: list[Atoms], labelled_waters: list[Atoms]
+) -> None:
+    iron = next(atoms for atoms in labelled if 26 in atoms.numbers)
+    for seed in range(20):
+        train_set, valid_set = split([*labelled_waters[:5], iron], 0.4, seed)
+        assert iron in train_set
+        assert len(valid_set) == 2
+
+
+def test_a_label_store_trains_like_a_file(label_store: Path, labelled_file: Path) -> None:
+    stored, filed = load_labelled((label_store,)), load_labelled((labelled_file,))
+    assert [structure_key(a) for a in stored] == [structure_key(a) for a in filed]
+    for one, other in zip(stored, filed, strict=True):
+        assert one.info[REF_METHOD] == other.info[REF_METHOD]
+        np.testing.assert_allclose(one.info[REF_ENERGY], other.info[REF_ENERGY], atol=1e-7)
+        np.testing.assert_allclose(one.arrays[XTB_BLOCKS], other.arrays[XTB_BLOCKS], atol=1e-7)
+    assert len(load_labelled((label_store, labelled_file))) == len(LabelStore(label_store))
+
+
+# ----------------------------------------------------------------------------- committees
+def test_a_committee_is_calibrated_on_what_it_has_not_seen(
+    labelled_file: Path, labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    config = train_config(labelled_file, tmp_path / "a.orbcalc", committee=2, valid=0.4)
+    committee = train(config)
+    factors = (committee.calibration.energy, committee.calibration.forces)
+    assert all(math.isfinite(f) and f > 0 for f in factors)
+    assert factors != (1.0, 1.0)
+    _, valid = split(labelled_waters, 0.4, config.seed)
+    graph = AtomGraph.batch([AtomGraph.from_atoms(atoms, committee.cutoff) for atoms in valid])
+    prediction = committee(graph, ("energy", "forces"))
+    assert prediction.energy_uncertainty is not None
+    errors = prediction.energy - torch.tensor([a.info[REF_ENERGY] for a in valid])
+    ratio = float((errors / prediction.energy_uncertainty).pow(2).mean())
+    assert ratio == pytest.approx(1.0, rel=1e-3)
+    assert not equal(committee.members[0], committee.members[1])
+
+
+def start_from(labelled_file: Path, start: Path, output: Path, **changes: Any) -> TrainConfig:
+    """Return a training that cannot move its weights."""
+    options = {"steps": 10, "learning_rate": 1e-30}
+    return train_config(labelled_file, output, start_from=str(start), optimizer=options, **changes)
+
+
+def test_training_begins_with_a_model_that_fits(
+    labelled_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = train(train_config(labelled_file, tmp_path / "start.orbcalc"))
+    with caplog.at_level(logging.WARNING):
+        same = train(start_from(labelled_file, tmp_path / "start.orbcalc", tmp_path / "b.orbcalc"))
+    assert not caplog.records
+    for name, weights in start.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], weights)
+    assert torch.equal(same.first.reference_energies, start.first.reference_energies)
+
+
+@pytest.mark.parametrize("change", [{"committee": 2}, {"potential": {"channels": 4}}])
+def test_training_begins_afresh_where_it_does_not_fit(
+    labelled_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    train(train_config(labelled_file, tmp_path / "start.orbcalc"))
+    with caplog.at_level(logging.WARNING):
+        train(start_from(labelled_file, tmp_path / "start.orbcalc", tmp_path / "b", **change))
+    assert "does not fit the training set: starting afresh" in caplog.text
+
+
+def test_a_start_that_is_not_there_is_an_error(labelled_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot read"):
+        train(start_from(labelled_file, tmp_path / "none.orbcalc", tmp_path / "b.orbcalc"))
+
+
+def test_an_unknown_device_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="device 'abacus' cannot be used here"):
+        resolve_device("abacus")
+
+
+# -------------------------------------------------------------------------------- charges
+def quadrupole_errors(model: Committee, structures: list[Atoms]) -> tuple[float, float]:
+    """Return MAE and mean size of the 2e part of oxygen's p blocks, e."""
+    part = slice(SLOTS[2].columns.start + 1, SLOTS[2].columns.stop)
+    errors, sizes = [], []
+    for atoms in structures:
+        graph = AtomGraph.from_atoms(atoms, model.cutoff)
+        blocks = model(graph, ("charges",)).orbital_blocks
+        assert blocks is not None
+        oxygen = atoms.numbers == 8
+        labels = atoms.arrays[XTB_BLOCKS][oxygen][:, part]
+        errors.append(np.abs(blocks.detach().numpy()[oxygen][:, part] - labels).mean())
+        sizes.append(np.abs(labels).mean())
+    return float(np.mean(errors)), float(np.mean(sizes))
+
+
+def test_the_equivariant_head_learns_p_blocks(labelled_waters: list[Atoms], tmp_path: Path) -> None:
+    """Oxygen's p block turns with the molecule; the same labels in a wrong axis order do not."""
+    train_set, test_set = labelled_waters[:22], labelled_waters[22:]
+    shuffled = [atoms.copy() for atoms in train_set]
+    start = SLOTS[2].columns.start + 1
+    for atoms in shuffled:  # as if (y, z, x) had been taken for (x, y, z)
+        columns = np.arange(start, start + 5)
+        atoms.arrays[XTB_BLOCKS][:, columns] = atoms.arrays[XTB_BLOCKS][:, columns[[1, 0, 4, 3, 2]]]
+    found = []
+    for name, structures in (("right", train_set), ("wrong", shuffled)):
+        path = write_pool(tmp_path / f"{name}.extxyz", structures)
+        config = train_config(
+            path, tmp_path / name, tasks=CHARGES_ONLY, optimizer={"steps": 120, "batch_size": 8}
+        )
+        model = train(config)
+        reference = test_set if name == "right" else structures
+        error, size = quadrupole_errors(model, reference)
+        found.append(error / size)
+    assert found[0] < 0.2
+    assert found[1] > 0.5
+
+
+def test_the_invariant_head_trains_but_cannot_learn_them(
+    labelled_file: Path, tmp_path: Path
+) -> None:
+    errors: list[float] = []
+    config = train_config(
+        labelled_file,
+        tmp_path / "a.orbcalc",
+        potential={"charge_head": "invariant"},
+        tasks=CHARGES_ONLY,
+        optimizer={"steps": 60},
+    )
+    model = train(config, lambda record: errors.append(record["charges_mae"]))
+    assert errors[-1] < errors[0]
+    atoms = load_labelled((labelled_file,))[0]
+    prediction = model(AtomGraph.from_atoms(atoms, model.cutoff), ("charges",))
+    assert prediction.orbital_blocks is None
+    assert prediction.orbital_charges is not None
+    assert float(prediction.orbital_charges.nansum().detach()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_training_learns_energies_and_forces(labelled_file: Path, tmp_path: Path) -> None:
+    records: list[Mapping[str, Any]] = []
+    config = train_config(labelled_file, tmp_path / "a.orbcalc", optimizer={"steps": 120})
+    train(config, records.append)
+    structures = load_labelled((labelled_file,))
+    spread = float(np.std([a.info[REF_ENERGY] / len(a) for a in structures]))
+    size = float(np.mean([np.abs(a.arrays[REF_FORCES]).mean() for a in structures]))
+    assert records[-1]["energy_mae"] < 0.5 * spread
+    assert records[-1]["forces_mae"] < 0.3 * size
+    assert records[-1]["charges_mae"] < records[0]["charges_mae"]

@@ -1,0 +1,100 @@
+"""The run folder: files whole or not at all, and no two runs in one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from structures import ethanol, water
+
+from orbcalc.active.folder import (
+    RunFolder,
+    append_json,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_structures,
+    write_text,
+)
+from orbcalc.config import DaskConfig, PoolConfig, RunConfig, StopConfig, load_config
+from orbcalc.errors import ConfigError
+from orbcalc.structures import structure_key
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run of which only the folder is made here."""
+    return RunConfig(
+        output=tmp_path / "run", pool=PoolConfig(structures=(tmp_path / "pool.xyz",)), seed=4
+    )
+
+
+def test_the_resolved_configuration_is_written_once(config: RunConfig) -> None:
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    assert load_config(folder.config_file, RunConfig) == config
+    before = folder.config_file.read_bytes()
+    folder.prepare(config.model_copy(update={"stop": StopConfig(max_rounds=99)}))
+    assert folder.config_file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"stop": StopConfig(max_rounds=3)}, {"dask": DaskConfig(label_workers=9)}, {"device": "cpu"}],
+)
+def test_what_does_not_decide_the_outcome_may_change(
+    config: RunConfig, change: dict[str, object]
+) -> None:
+    RunFolder(config.output).prepare(config)
+    RunFolder(config.output).prepare(config.model_copy(update=change))
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"committee": 3}, {"warm_start": False}])
+def test_another_run_is_refused(config: RunConfig, change: dict[str, object]) -> None:
+    RunFolder(config.output).prepare(config)
+    with pytest.raises(ConfigError, match="holds a run of another configuration"):
+        RunFolder(config.output).prepare(config.model_copy(update=change))
+
+
+def test_the_pool_grows_in_order_and_without_duplicates(config: RunConfig) -> None:
+    folder = RunFolder(config.output)
+    write_structures(folder.round(0).pool, [water(), ethanol()])
+    write_structures(folder.round(1).pool, [])
+    write_structures(folder.round(2).pool, [ethanol()])
+    assert folder.round(1).pool.read_text() == ""
+    expected = [structure_key(water()), structure_key(ethanol())]
+    assert list(folder.pool(1)) == list(folder.pool(3)) == expected
+    assert folder.pool(0) == {}
+
+
+def test_files_appear_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": 1}
+    write_text(path, "other")
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_log_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    assert read_jsonl(path) == []
+    append_json(path, {"n": 1})
+    with path.open("a") as file:
+        file.write('{"n": 2, "na')
+    assert read_jsonl(path) == [{"n": 1}]
+    append_json(path, {"n": 3})
+    append_json(path, {"n": 4})
+    assert [record["n"] for record in read_jsonl(path)] == [1, 3, 4]
+
+
+def test_events_have_a_time_and_a_name(config: RunConfig) -> None:
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    folder.event("look", round=1)
+    (line,) = folder.events.read_text().splitlines()
+    record = json.loads(line)
+    assert record.pop("time")
+    assert record == {"event": "look", "round": 1}

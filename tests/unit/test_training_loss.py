@@ -1,0 +1,168 @@
+"""The loss: only labels that are there count, and NaN predictions are never a success."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from orbcalc.config import TaskWeights
+from orbcalc.model.potential import Potential, Prediction
+from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS
+from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.loss import ErrorSums, LossScales, active_properties, multitask_loss
+
+TASKS = TaskWeights(energy=1, forces=1, charges=1)
+
+
+def without(atoms: Atoms, *keys: str) -> Atoms:
+    """Return a copy that lacks some labels."""
+    copy = atoms.copy()
+    for key in keys:
+        copy.info.pop(key, None)
+        copy.arrays.pop(key, None)
+    return copy
+
+
+@pytest.fixture
+def parts(labelled: list[Atoms], potential: Potential) -> tuple[LabelDataset, Potential]:
+    """A mixed data set, and a potential with each head."""
+    first, *rest = labelled
+    mixed = [first, without(rest[0], REF_ENERGY, REF_FORCES), without(rest[1], XTB_BLOCKS)]
+    return LabelDataset(mixed, potential.config.cutoff), potential
+
+
+def predict(potential: Potential, dataset: LabelDataset) -> tuple:
+    """Return graph, targets and prediction of a whole data set."""
+    graph, targets = dataset.batch(range(len(dataset)))
+    return graph, targets, potential(graph, active_properties(TASKS), create_graph=True)
+
+
+def test_only_the_needed_properties_are_asked_for() -> None:
+    assert active_properties(TaskWeights(forces=0, charges=0)) == ["energy"]
+    assert active_properties(TaskWeights(stress=1)) == ["energy", "forces", "stress", "charges"]
+
+
+def test_absent_labels_have_no_gradient_and_no_nan(
+    parts: tuple[LabelDataset, Potential],
+) -> None:
+    dataset, potential = parts
+    graph, targets, prediction = predict(potential, dataset)
+    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    loss, terms = multitask_loss(potential, prediction, graph, targets, TASKS, scales)
+    gradients = torch.autograd.grad(
+        loss, [p for p in potential.parameters() if p.requires_grad], allow_unused=True
+    )
+    assert math.isfinite(float(loss.detach()))
+    assert all(math.isfinite(term) and term > 0 for term in terms.values())
+    assert all(torch.isfinite(g).all() for g in gradients if g is not None)
+    (energy,) = torch.autograd.grad(
+        multitask_loss(
+            potential,
+            replace(prediction, energy=(raw := prediction.energy.detach().requires_grad_())),
+            graph,
+            targets,
+            TaskWeights(forces=0, charges=0),
+            scales,
+        )[0],
+        raw,
+    )
+    assert (energy != 0).tolist() == [True, False, True]
+
+
+def test_a_task_without_labels_in_the_batch_contributes_nothing(
+    labelled: list[Atoms], potential: Potential
+) -> None:
+    bare = [without(labelled[0], REF_ENERGY, REF_FORCES, XTB_BLOCKS)]
+    dataset = LabelDataset(bare, potential.config.cutoff)
+    graph, targets, prediction = predict(potential, dataset)
+    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    loss, _ = multitask_loss(potential, prediction, graph, targets, TASKS, scales)
+    assert float(loss.detach()) == 0.0
+
+
+def test_the_loss_is_quadratic_near_zero_and_linear_far_away(
+    labelled: list[Atoms], potential: Potential
+) -> None:
+    dataset = LabelDataset(labelled[:1], potential.config.cutoff)
+    graph, targets = dataset.batch([0])
+    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    scales.energy = 0.5
+    tasks = TaskWeights(forces=0, charges=0)
+
+    def loss(error_per_atom: float) -> float:
+        prediction = Prediction(targets.energy + error_per_atom * graph.n_atoms)
+        return float(multitask_loss(potential, prediction, graph, targets, tasks, scales)[0])
+
+    assert loss(0.0) == 0.0
+    assert loss(0.005) == pytest.approx(0.5 * 0.01**2, rel=1e-3)
+    assert loss(500.0) == pytest.approx(1000.0, rel=2e-3)
+
+
+def test_only_the_ratio_of_weights_counts(parts: tuple[LabelDataset, Potential]) -> None:
+    dataset, potential = parts
+    graph, targets, prediction = predict(potential, dataset)
+    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    losses = [
+        float(
+            multitask_loss(
+                potential,
+                prediction,
+                graph,
+                targets,
+                TaskWeights(energy=f, forces=2 * f, charges=3 * f),
+                scales,
+            )[0].detach()
+        )
+        for f in (1.0, 10.0)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_scales_are_those_of_the_labels(labelled: list[Atoms], potential: Potential) -> None:
+    dataset = LabelDataset(labelled, potential.config.cutoff)
+    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    forces = np.concatenate([atoms.arrays[REF_FORCES].ravel() for atoms in labelled])
+    assert scales.forces == pytest.approx(np.sqrt((forces**2).mean()))
+    bare = LabelDataset([without(labelled[0], REF_ENERGY, REF_FORCES)], 4.0)
+    empty = LossScales(potential, bare.graphs, bare.targets)
+    assert (empty.energy, empty.forces, empty.stress) == (1.0, 1.0, 1.0)
+
+
+def test_errors_are_means_over_the_labels_that_are_there(
+    parts: tuple[LabelDataset, Potential],
+) -> None:
+    dataset, potential = parts
+    graph, targets, prediction = predict(potential, dataset)
+    sums = ErrorSums()
+    for index in range(len(dataset)):
+        one, target = dataset.batch([index])
+        sums.add(potential, potential(one, active_properties(TASKS)), one, target)
+    found = sums.result()
+    error = (prediction.energy - targets.energy).detach() / graph.n_atoms_of_structure
+    assert found["energy_mae"] == pytest.approx(float(error[[0, 2]].abs().mean()))
+    force_errors = (prediction.forces - targets.forces).detach()
+    labelled_rows = torch.isfinite(targets.forces)
+    assert found["forces_rmse"] == pytest.approx(
+        float(force_errors[labelled_rows].pow(2).mean().sqrt())
+    )
+    assert ("charges_mae" in found) == (potential.charge_head is not None)
+    assert "stress_mae" not in found
+
+
+def test_a_nan_prediction_makes_loss_and_errors_nan(
+    parts: tuple[LabelDataset, Potential],
+) -> None:
+    dataset, potential = parts
+    graph, targets, prediction = predict(potential, dataset)
+    broken = replace(prediction, energy=prediction.energy * torch.nan)
+    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    loss, _ = multitask_loss(potential, broken, graph, targets, TASKS, scales)
+    assert math.isnan(float(loss.detach()))
+    sums = ErrorSums()
+    sums.add(potential, broken, graph, targets)
+    assert math.isnan(sums.result()["energy_mae"])
