@@ -271,6 +271,9 @@ class DaskConfig(StrictModel):
         default=None, ge=1, description="default: one per GPU, else as many as members, cores"
     )
     retries: int = Field(default=2, ge=0, description="of tasks whose worker died")
+    worker_timeout_s: float = Field(
+        default=600.0, gt=0, description="how long a run waits while no worker could go on with it"
+    )
 
 
 class RunConfig(StrictModel):

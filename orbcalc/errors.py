@@ -10,7 +10,8 @@ expect, so both ``except OrbcalcError`` and ``except ValueError`` do the obvious
     ├── LabelError (RuntimeError)            labels that cannot be made or used
     │   ├── LabelConflictError               another method, version or setting in this store
     │   └── MissingLabelError                a quantity is asked for, but not there
-    └── CheckpointError (RuntimeError)       a model or training file that cannot be trusted
+    ├── CheckpointError (RuntimeError)       a model or training file that cannot be trusted
+    └── WorkersLostError (RuntimeError)      no worker is left to run what remains
 
 Failures of chemistry (an SCF that does not converge) are data, not errors: see
 :class:`orbcalc.labels.label.LabelStatus`.
@@ -25,6 +26,7 @@ __all__ = [
     "OrbcalcError",
     "StructureError",
     "UnsupportedElementError",
+    "WorkersLostError",
 ]
 
 
@@ -58,3 +60,7 @@ class MissingLabelError(LabelError):
 
 class CheckpointError(OrbcalcError, RuntimeError):
     """A model file or training state is corrupt, hostile, or of an unknown format."""
+
+
+class WorkersLostError(OrbcalcError, RuntimeError):
+    """No Dask worker has been there for too long; what was computed is kept."""

@@ -19,7 +19,7 @@ from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
 from distributed.client import Future
 
 from orbcalc.config import DaskConfig
-from orbcalc.errors import ConfigError
+from orbcalc.errors import ConfigError, WorkersLostError
 
 __all__ = ["Executor", "TaskKind", "open_executor"]
 
@@ -40,11 +40,16 @@ class Executor:
         Of any cluster.
     retries
         How often a task whose worker died is tried again.
+    worker_timeout_s
+        How long to wait, s, while no worker could run what is left to do.
     """
 
-    def __init__(self, client: Client, *, retries: int = 2) -> None:
+    def __init__(
+        self, client: Client, *, retries: int = 2, worker_timeout_s: float = 600.0
+    ) -> None:
         self.client = client
         self.retries = retries
+        self.worker_timeout_s = worker_timeout_s
 
     def map(
         self,
@@ -67,12 +72,17 @@ class Executor:
         kind
             Of worker.
         on_wait
-            Called again and again while nothing finishes.
+            Called every second while nothing finishes.
 
         Yields
         ------
         item, outcome
             The outcome is the result, or the exception that the task ended with.
+
+        Raises
+        ------
+        WorkersLostError
+            If there has been no worker for the tasks for too long.
         """
         resources = self._resources(kind)
         source = iter(items)
@@ -94,7 +104,7 @@ class Executor:
                 if not submit():
                     break
             while running:
-                future = _next(completed, on_wait)
+                future = self._next(completed, resources, on_wait)
                 item = running.pop(future)
                 submit()
                 yield item, _outcome(future)
@@ -118,6 +128,33 @@ class Executor:
             logger.warning("no worker offers %s yet: its tasks wait for one", name)
             return {name: 1.0}
         return {}
+
+    def _next(
+        self,
+        completed: as_completed,
+        resources: dict[str, float],
+        on_wait: Callable[[], None] | None,
+    ) -> Future[Any]:
+        """Wait for a task to finish, as long as there are workers that could do it."""
+        last_seen = last_look = time.monotonic()
+        while not completed.has_ready():
+            time.sleep(0.05)
+            now = time.monotonic()
+            if now - last_look < 1.0:
+                continue
+            last_look = now
+            if on_wait is not None:
+                on_wait()
+            if any(resources.keys() <= worker["resources"].keys() for worker in self._workers()):
+                last_seen = now
+            elif now - last_seen > self.worker_timeout_s:
+                needed = ", ".join(resources) or "any resource"
+                raise WorkersLostError(
+                    f"no Dask worker that offers {needed} for {self.worker_timeout_s:.0f} s. Start "
+                    f"workers (see workflows/README.md), then the same command again to go on."
+                )
+        future: Future[Any] = next(completed)
+        return future
 
     def _workers(self) -> list[dict[str, Any]]:
         return list(self.client.scheduler_info(n_workers=-1)["workers"].values())
@@ -144,7 +181,7 @@ def open_executor(
         If no scheduler answers at the address.
     """
     if client is not None:
-        yield Executor(client, retries=config.retries)
+        yield Executor(client, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
         return
     if config.address is not None:
         try:
@@ -152,13 +189,13 @@ def open_executor(
         except (OSError, ValueError) as error:
             raise ConfigError(f"no Dask scheduler answers at {config.address}: {error}") from error
         with remote:
-            yield Executor(remote, retries=config.retries)
+            yield Executor(remote, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
         return
     with (
         _local_cluster(config, members) as cluster,
         Client(cluster, set_as_default=False) as local,
     ):
-        yield Executor(local, retries=config.retries)
+        yield Executor(local, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
 
 
 def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
@@ -212,14 +249,6 @@ def _gpu_names() -> list[str]:
         return [str(n) for n in range(len(os.listdir("/proc/driver/nvidia/gpus")))]
     except OSError:
         return []
-
-
-def _next(completed: as_completed, on_wait: Callable[[], None] | None) -> Future[Any]:
-    while on_wait is not None and not completed.has_ready():
-        on_wait()
-        time.sleep(0.2)
-    future: Future[Any] = next(completed)
-    return future
 
 
 def _outcome(future: Future[Any]) -> Any:

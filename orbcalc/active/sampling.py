@@ -79,7 +79,6 @@ def walk(
         temperature_K=config.temperature_K,
         friction=config.friction_per_fs / units.fs,
         fixcm=False,  # the other choice does not sample NVT, and has no single atom
-        fixcm=False,  # a drift of the whole changes nothing, fixing it changes the ensemble
         rng=rng,
     )
     frames: list[Atoms] = []

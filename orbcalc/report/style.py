@@ -79,7 +79,12 @@ def leave_empty(axes: Axes, text: str) -> None:
     for spine in axes.spines.values():
         spine.set_color(LIGHT)
     axes.annotate(
-        text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", **text_style(GREY, 10.0)
+        text,
+        (0.5, 0.5),
+        xycoords="axes fraction",
+        ha="center",
+        va="center",
+        **text_style(GREY, 10.0),
     )
 
 

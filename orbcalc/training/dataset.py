@@ -107,6 +107,7 @@ class LabelDataset:
             self.shells |= shells_of_elements(atoms)
 
     def __len__(self) -> int:
+        """Return the number of structures."""
         return len(self.graphs)
 
     @property
