@@ -72,7 +72,7 @@ class Executor:
         kind
             Of worker.
         on_wait
-            Called every second while nothing finishes.
+            Called a few times a second while nothing finishes.
 
         Yields
         ------
@@ -140,7 +140,7 @@ class Executor:
         while not completed.has_ready():
             time.sleep(0.05)
             now = time.monotonic()
-            if now - last_look < 1.0:
+            if now - last_look < 0.25:
                 continue
             last_look = now
             if on_wait is not None:

@@ -39,9 +39,10 @@ def client() -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def executor(client: Client) -> Executor:
-    """Executor on the shared cluster."""
+    """Executor on the shared cluster, all of its workers there."""
+    client.wait_for_workers(4, timeout=60)
     return Executor(client)
 
 
