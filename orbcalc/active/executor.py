@@ -30,6 +30,9 @@ Item = TypeVar("Item")
 
 _RESOURCES: dict[TaskKind, str] = {"label": "LABEL", "model": "MODEL"}
 
+#: How long a scheduler may take to answer.
+CONNECT_TIMEOUT_S = 30.0
+
 
 class Executor:
     """Run functions on the workers of a Dask client.
@@ -185,7 +188,7 @@ def open_executor(
         return
     if config.address is not None:
         try:
-            remote = Client(config.address, timeout=30, set_as_default=False)
+            remote = Client(config.address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"no Dask scheduler answers at {config.address}: {error}") from error
         with remote:

@@ -73,7 +73,6 @@ def test_going_on_gives_the_same_bits_as_never_stopping(
     assert steps == [(1, 10), (1, 20), (1, 30)]  # the first member was finished before
     assert equal(resumed, undisturbed)
     assert resumed.calibration == undisturbed.calibration
-    assert [p.name for p in tmp_path.iterdir()] != []
     assert not (tmp_path / "b.orbcalc.training").exists()
 
 
@@ -145,21 +144,18 @@ def test_the_best_weights_are_returned_not_the_last(labelled_file: Path, tmp_pat
     config = train_config(
         labelled_file,
         tmp_path / "a.orbcalc",
-        optimizer={"steps": 60, "learning_rate": 0.3, "ema_decay": 0.0, "warmup_steps": 0},
+        optimizer={"steps": 60, "learning_rate": 0.05, "ema_decay": 0.0, "warmup_steps": 0},
     )
     train(config, lambda record: losses.append(record["energy_mae"]))
     _, metadata = load_model(config.output)
     assert metadata["valid_errors"]["energy_mae"] in [pytest.approx(x, rel=1e-4) for x in losses]
 
 
-@pytest.mark.parametrize("rate", [1e25, 1e38])
-def test_a_loss_that_is_not_finite_is_an_error(
-    labelled_file: Path, tmp_path: Path, rate: float
-) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(labelled_file: Path, tmp_path: Path) -> None:
     config = train_config(
         labelled_file,
         tmp_path / "a.orbcalc",
-        optimizer={"learning_rate": rate, "warmup_steps": 0},
+        optimizer={"learning_rate": 1e25, "warmup_steps": 0},
     )
     for _ in range(2):  # nor does it succeed when it is started again
         with pytest.raises(CheckpointError, match=r"not finite|NaN or infinity"):
@@ -296,8 +292,9 @@ def test_a_committee_is_calibrated_on_what_it_has_not_seen(
     prediction = committee(graph, ("energy", "forces"))
     assert prediction.energy_uncertainty is not None
     errors = prediction.energy - torch.tensor([a.info[REF_ENERGY] for a in valid])
-    ratio = float((errors / prediction.energy_uncertainty).pow(2).mean())
-    assert ratio == pytest.approx(1.0, rel=1e-3)
+    assert float(errors.pow(2).mean()) == pytest.approx(
+        float(prediction.energy_uncertainty.pow(2).mean()), rel=1e-3
+    )
     assert not equal(committee.members[0], committee.members[1])
 
 
