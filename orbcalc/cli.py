@@ -178,7 +178,7 @@ def evaluate(
     committee, _ = load_model(model, device=resolve_device(device))
     labelled = load_labelled(tuple(structures))
     for atoms in labelled:
-        committee.first.check_elements(atoms.numbers)
+        committee.first.check_elements(atoms.numbers.tolist())
     dataset = LabelDataset(labelled, committee.cutoff)
     census = dataset.census()
     names = ["energy"] + [name for name in ("forces", "stress", "charges") if census[name]]

@@ -93,6 +93,7 @@ def run(
         done = Certificate.from_json(folder.certificate.read_text(encoding="utf-8"))
         if done.certified or not _limits_were_raised(done, config, folder):
             return done
+        folder.certificate.unlink()  # it speaks of an end that is none any more
     if not folder.round(0).pool.exists():
         check_file_labels(
             read_structures(config.pool.structures) if config.pool.structures else [], config.labels

@@ -48,15 +48,17 @@ def learning(run: RunFacts) -> Figure | None:
     if not run.metrics and run.latest_audit is None:
         return None
     figure = new_figure(3.9)
-    grid = figure.add_gridspec(2, 2, width_ratios=[1.05, 1])
+    quantities = [("energy_mae", "energy (meV/atom)")]
+    if run.config.tasks.forces > 0:
+        quantities.append(("forces_mae", "forces (meV/Å)"))
+    grid = figure.add_gridspec(len(quantities), 2, width_ratios=[1.05, 1])
     _learning_curve(figure.add_subplot(grid[:, 0]), run)
-    upper = figure.add_subplot(grid[0, 1])
-    lower = figure.add_subplot(grid[1, 1], sharex=upper)
-    _validation_curve(upper, run, "energy_mae", "energy (meV/atom)")
-    _validation_curve(lower, run, "forces_mae", "forces (meV/Å)")
-    set_title(upper, "Validation MAE while training")
-    upper.tick_params(labelbottom=False)
-    lower.set_xlabel("optimiser steps, all rounds", **text_style())
+    panels = [figure.add_subplot(grid[row, 1]) for row in range(len(quantities))]
+    for axes, (name, label) in zip(panels, quantities, strict=True):
+        _validation_curve(axes, run, name, label)
+        axes.tick_params(labelbottom=axes is panels[-1])
+    set_title(panels[0], "Validation MAE while training")
+    panels[-1].set_xlabel("optimiser steps, all rounds", **text_style())
     return figure
 
 
@@ -309,7 +311,7 @@ def _cost_bars(axes: Axes, run: RunFacts) -> None:
         seconds, labels = run.seconds(kind), sum(run.count(kind).values())
         axes.barh(place, seconds, height=0.5, color=colour)
         axes.annotate(
-            f"{seconds:,.1f} s: {labels:,} labels, {MILLI * seconds / labels:,.3g} ms each",
+f"{seconds:,.1f} s: {labels:,} labels, {_each(seconds / labels)} each",
             (0, place + 0.3), (2, 2), textcoords="offset points", va="bottom", **text_style(),
         )  # fmt: skip
     style_axes(axes)
@@ -352,6 +354,10 @@ def _label_bars(axes: Axes, run: RunFacts) -> None:
 # ------------------------------------------------------------------------------- numbers
 def _failed(facts: RoundFacts, name: str) -> int:
     return sum(n for status, n in facts.statuses[name].items() if status not in ("ok", "waiting"))
+
+
+def _each(seconds: float) -> str:
+    return f"{MILLI * seconds:.3g} ms" if seconds < 1 else f"{seconds:,.1f} s"
 
 
 def _standard_error(errors: Float[np.ndarray, " n"]) -> float:

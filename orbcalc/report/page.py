@@ -123,9 +123,10 @@ def _state(run: RunFacts) -> str:
     where = f" in round {last['round']}" if "round" in last else ""
     waiting = sum(c["waiting"] for facts in run.rounds for c in facts.statuses.values())
     labels = f" {waiting} selected structures wait for their reference label." if waiting else ""
+    when = str(last.get("time", "?")).replace("T", " ")
     return (
         f"There is no certificate yet, so nothing is proved. The last event was "
-        f"“{last.get('event', '?')}”{where} at {last.get('time', '?')}.{labels} "
+        f"“{last.get('event', '?')}”{where} at {when}.{labels} "
         f"Starting the same run again resumes it."
     )
 
@@ -135,7 +136,7 @@ def _numbers(run: RunFacts) -> list[_Number]:
     ok, decided = reference.get("ok", 0), sum(reference.values())
     never = f"{1 - decided / run.n_pool:.1%}".replace("%", " %") if run.n_pool else "–"
     found = [
-        _Number(f"{run.n_pool:,}", "structures in the pool", f"{len(run.rounds)} rounds begun"),
+        _Number(f"{run.n_pool:,}", "structures in the pool", f"rounds begun: {len(run.rounds)}"),
         _Number(f"{ok:,}", "reference labels", _where_from(run)),
         _Number(f"{decided - ok:,}", "failed labels", _failures(reference)),
         _Number(never, "of the pool never labelled", "predicted only"),

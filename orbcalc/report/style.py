@@ -19,7 +19,7 @@ BLUE, ORANGE, GREEN, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56
 INK, GREY, LIGHT = "#1f2933", "#6b7785", "#d9dee4"
 FONT = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
 MARKERS = "osD^vPX*"
-DPI = 200  # of PNG files, and of crowded point clouds inside SVG
+DPI = 160  # of PNG files, and of crowded point clouds inside SVG
 
 
 # --------------------------------------------------------------------------------- files
@@ -27,6 +27,7 @@ def svg(figure: Figure) -> bytes:
     """Return a figure as SVG, with its letters as outlines: it looks the same everywhere."""
     buffer = BytesIO()
     figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
+    figure.set_layout_engine("none")  # what was found stays: to find it again takes as long
     return buffer.getvalue()
 
 
