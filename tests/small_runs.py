@@ -232,6 +232,12 @@ def nap(seconds: float) -> float:
     return seconds
 
 
+def mark_and_nap(path: str) -> None:
+    """Leave a mark, and sleep."""
+    Path(path).touch()
+    time.sleep(0.4)
+
+
 def die_once(marker: str) -> str:
     """Kill the worker the first time, as the system does when memory runs out."""
     if not Path(marker).exists():

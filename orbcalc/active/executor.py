@@ -8,6 +8,7 @@ is used without distinction.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
 from distributed.client import Future
+from distributed.core import Status
 
 from orbcalc.config import DaskConfig
 from orbcalc.errors import ConfigError, WorkersLostError
@@ -32,6 +34,9 @@ _RESOURCES: dict[TaskKind, str] = {"label": "LABEL", "model": "MODEL"}
 
 #: How long a scheduler may take to answer.
 CONNECT_TIMEOUT_S = 30.0
+
+#: When to look whether a worker that died is back: a little after SpecCluster gave it up.
+REPLACE_AFTER_S = 16.0
 
 
 class Executor:
@@ -201,6 +206,24 @@ def open_executor(
         yield Executor(local, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
 
 
+class _LocalWorkers(SpecCluster):
+    """Workers of this machine; one that dies and does not come back is replaced.
+
+    A Nanny starts its worker again, but not if that dies while it starts, and SpecCluster gives
+    up a worker that is away for 15 s, as on a machine with much else to do: without this, tasks
+    would wait for it for ever.
+    """
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        super()._update_worker_status(op, msg)
+        if op == "remove":
+            asyncio.get_running_loop().call_later(REPLACE_AFTER_S, self._replace)
+
+    def _replace(self) -> None:
+        if self.status is Status.running:
+            self.scale(len(self.worker_spec))  # starts those that are no longer there
+
+
 def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
     """Start label workers and model workers on this machine.
 
@@ -240,7 +263,7 @@ def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
             "dashboard_address": "127.0.0.1:0",  # else 8787, which another cluster may have
         },
     }
-    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)
+    return _LocalWorkers(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)
 
 
 def _gpu_names() -> list[str]:

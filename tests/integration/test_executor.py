@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster
-from small_runs import die_always, die_once, loaded_modules, nap, square
+from small_runs import die_always, die_once, loaded_modules, mark_and_nap, nap, square
 
 from orbcalc.active import executor as executor_module
 from orbcalc.active.executor import Executor, open_executor
@@ -45,12 +46,16 @@ def test_items_are_drawn_as_workers_become_free(executor: Executor) -> None:
     assert len(list(results)) == 19
 
 
-def test_whoever_stops_early_cancels_the_rest(executor: Executor) -> None:
-    results = executor.map(nap, [0.0, 30.0, 30.0, 30.0], "label")
-    assert next(results) == (0.0, 0.0)
+def test_whoever_stops_early_cancels_the_rest(executor: Executor, tmp_path: Path) -> None:
+    marks = [str(tmp_path / str(number)) for number in range(9)]
+    results = executor.map(mark_and_nap, marks, "label")
+    first, _ = next(results)
     results.close()  # type: ignore[attr-defined]
-    executor.client.restart(timeout=30)  # the naps that had begun
     assert dict(executor.map(square, [5], "label")) == {5: 25}
+    time.sleep(0.5)
+    begun = list(tmp_path.iterdir())
+    assert Path(first) in begun
+    assert len(begun) <= 5  # one done, two after it, and at worst one more for each worker
 
 
 def test_nothing_to_do_is_done_at_once(executor: Executor) -> None:
@@ -82,6 +87,19 @@ def test_one_thread_each(client: Client) -> None:
 
 def test_a_task_outlives_its_worker(executor: Executor, tmp_path: Path) -> None:
     assert dict(executor.map(die_once, [str(tmp_path / "x")], "label")).popitem()[1] == "survived"
+
+
+def test_a_worker_that_does_not_come_back_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(executor_module, "REPLACE_AFTER_S", 0.5)
+    with open_executor(DaskConfig(label_workers=1, model_workers=1)) as own:
+        cluster = own.client.cluster
+        (before,) = {pid for _, (pid, _) in own.map(loaded_modules, [0], "label")}
+        nanny = cluster.workers.pop("label-0")  # as SpecCluster does after 15 s
+        cluster.sync(nanny.close)
+        (after,) = {pid for _, (pid, _) in own.map(loaded_modules, [0], "label")}
+    assert after != before
 
 
 def test_a_task_that_kills_every_worker_is_given_up(executor: Executor) -> None:
