@@ -215,13 +215,14 @@ class _LocalWorkers(SpecCluster):
     """
 
     def _update_worker_status(self, op: str, msg: Any) -> None:
-        super()._update_worker_status(op, msg)
+        super()._update_worker_status(op, msg)  # type: ignore[no-untyped-call]
         if op == "remove":
             asyncio.get_running_loop().call_later(REPLACE_AFTER_S, self._replace)
 
     def _replace(self) -> None:
         if self.status is Status.running:
-            self.scale(len(self.worker_spec))  # starts those that are no longer there
+            # Starts those that are no longer there.
+            self.scale(len(self.worker_spec))  # type: ignore[no-untyped-call]
 
 
 def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
@@ -263,7 +264,9 @@ def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
             "dashboard_address": "127.0.0.1:0",  # else 8787, which another cluster may have
         },
     }
-    return _LocalWorkers(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)
+    return _LocalWorkers(  # type: ignore[no-untyped-call]
+        workers=workers, scheduler=scheduler, silence_logs=logging.ERROR
+    )
 
 
 def _gpu_names() -> list[str]:
