@@ -197,7 +197,6 @@ def test_what_a_calculator_cannot_do_is_recorded_and_told(
     ("calculator", "message"),
     [
         ("no.such:Thing", "'no.such:Thing' with arguments {} cannot be made: ModuleNotFoundError"),
-        ("small_runs:Thing", "cannot be made: AttributeError"),
         ("Thing", "'Thing' is unknown: give 'GFN2-xTB', 'pyscf', 'file' or the import path"),
     ],
 )
