@@ -5,7 +5,8 @@ from __future__ import annotations
 from protocol import ModelWorker, serve
 
 # isort: split
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mace
@@ -59,6 +60,19 @@ class MaceWorker(ModelWorker):
         model = torch.load(path, map_location=device, weights_only=False)
         return self._use(model.to(getattr(torch, dtype)), dtype, device)
 
+    def measure(self, settings: list[str], steps: int) -> float:
+        """Return the seconds that an epoch takes, from a few steps of it."""
+        from mace_training import measure
+
+        with TemporaryDirectory() as folder:
+            return measure([*settings, f"--work_dir={folder}"], steps)
+
+    def train(self, settings: list[str], seconds: float, path: str) -> dict[str, Any]:
+        """Train, or go on training, with arguments of `mace_run_train`; write the best model."""
+        from mace_training import train
+
+        return train(settings, seconds, path)
+
     def _use(self, model: Any, dtype: str, device: str) -> dict[str, Any]:
         tools.set_default_dtype(dtype)
         self.device, self.dtype = device, dtype
@@ -67,6 +81,16 @@ class MaceWorker(ModelWorker):
             "parameters": sum(p.numel() for p in model.parameters()),
             "cutoff": float(model.r_max),
         }
+
+    def _predictions(self) -> Iterable[tuple[float, np.ndarray]]:
+        loader = torch_geometric.dataloader.DataLoader(
+            [self._graph(atoms) for atoms in self.structures], batch_size=16, shuffle=False
+        )
+        for batch in loader:
+            found = self._model()(batch.to(self.device).to_dict(), compute_force=True)
+            ends = batch.ptr[1:-1].cpu().numpy()
+            forces = np.split(found["forces"].detach().cpu().double().numpy(), ends)
+            yield from zip(found["energy"].detach().cpu().tolist(), forces, strict=True)
 
     def _model(self) -> Any:
         if self.model is None:

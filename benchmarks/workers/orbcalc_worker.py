@@ -5,19 +5,27 @@ from __future__ import annotations
 from protocol import ModelWorker, serve
 
 # isort: split
-from collections.abc import Callable
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from ase import Atoms
 
 import orbcalc
 from orbcalc.calculator import OrbcalcCalculator
-from orbcalc.config import PotentialConfig
+from orbcalc.config import PotentialConfig, TrainConfig, load_config
 from orbcalc.graph import AtomGraph
-from orbcalc.model.checkpoint import load_model
+from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential, Statistics
+from orbcalc.structures import read_structures
+from orbcalc.training.state import TrainState
 
 
 class OrbcalcWorker(ModelWorker):
@@ -57,6 +65,54 @@ class OrbcalcWorker(ModelWorker):
         committee, _ = load_model(path, dtype=getattr(torch, dtype))
         return self._use(committee, device)
 
+    def measure(self, settings: str, steps: int) -> float:
+        """Return the seconds that an epoch takes, from a few steps of it."""
+        config = load_config(settings, TrainConfig)
+        times: list[float] = []
+        with TemporaryDirectory() as folder:
+            short = {"steps": 2 * steps, "evaluate_every": steps}
+            update = {
+                "output": Path(folder) / "model.orbcalc",
+                "optimizer": config.optimizer.model_copy(update=short),
+            }
+            # The first half warms up.
+            orbcalc.train(
+                config.model_copy(update=update), lambda _: times.append(time.monotonic())
+            )
+        return (times[1] - times[0]) / steps * _batches(config)
+
+    def train(self, settings: str, seconds: float, path: str) -> dict[str, Any]:
+        """Train, or go on training, and write the best model.
+
+        Parameters
+        ----------
+        settings
+            File with a `TrainConfig`.
+        seconds
+            After which the training is left at a validation.
+        path
+            Where the model is written.
+        """
+        start = time.monotonic()
+        config = load_config(settings, TrainConfig)
+        deadline = _Deadline(start + seconds)
+        batches = _batches(config)
+        before = _saved_step(config)
+        try:
+            orbcalc.train(config, deadline.report)
+            step = config.optimizer.steps
+            shutil.copyfile(config.output, path)
+        except _Left:
+            state = TrainState.load(_state(config), config.optimizer, torch.device("cpu"))
+            step = state.step
+            save_model(path, Committee([state.result()]))
+        return {
+            "seconds": time.monotonic() - start,
+            "epochs": (step - before) / batches,
+            "at_epoch": step / batches,
+            "complete": step == config.optimizer.steps,
+        }
+
     def _use(self, committee: Committee, device: str) -> dict[str, Any]:
         self.device = device
         self.committee = committee.to(device).requires_grad_(False).eval()
@@ -64,6 +120,10 @@ class OrbcalcWorker(ModelWorker):
             "parameters": sum(p.numel() for p in committee.parameters()),
             "cutoff": committee.cutoff,
         }
+
+    def _predictions(self) -> Iterable[tuple[float, np.ndarray]]:
+        for result in orbcalc.predict(self._model(), self.structures):
+            yield result["energy"], result["forces"]
 
     def _model(self) -> Committee:
         if self.committee is None:
@@ -77,6 +137,39 @@ class OrbcalcWorker(ModelWorker):
 
     def _calculator(self) -> OrbcalcCalculator:
         return OrbcalcCalculator(self._model(), device=self.device)
+
+
+class _Left(Exception):  # noqa: N818  (no error: the way out of a training)
+    pass
+
+
+class _Deadline:
+    """Leaves a training when its time is over and its state has been saved."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+        self.reports = 0
+
+    def report(self, record: Mapping[str, Any]) -> None:
+        # The state is saved after a report, so the first one of a call is too early.
+        if self.reports and time.monotonic() > self.end and record["step"] < record["steps"]:
+            raise _Left
+        self.reports += 1
+
+
+def _state(config: TrainConfig) -> Path:
+    return config.output.with_name(f"{config.output.name}.training") / "member_0.state"
+
+
+def _saved_step(config: TrainConfig) -> int:
+    if not _state(config).exists():
+        return 0
+    return TrainState.load(_state(config), config.optimizer, torch.device("cpu")).step
+
+
+def _batches(config: TrainConfig) -> int:
+    """Return the number of batches of an epoch."""
+    return math.ceil(len(read_structures(config.train)) / config.optimizer.batch_size)
 
 
 if __name__ == "__main__":

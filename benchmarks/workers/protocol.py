@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,10 @@ class ModelWorker:
     def _calculator(self) -> Calculator:
         raise NotImplementedError
 
+    def _predictions(self) -> Iterable[tuple[float, np.ndarray]]:
+        """Compute energy and forces of all structures, in batches."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------------- verbs
     def describe(self) -> dict[str, str]:
         """Name the versions at work."""
@@ -121,6 +125,16 @@ class ModelWorker:
             run = self._timed(self.structures[structure].copy(), mode)
             self._prepared = (structure, mode, run)
         return [self._prepared[2]() for _ in range(repeats)]  # type: ignore[misc]
+
+    def predict(self, path: str) -> None:
+        """Write all structures with what the model says of them."""
+        predicted = []
+        for atoms, (energy, forces) in zip(self.structures, self._predictions(), strict=True):
+            bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+            bare.info["predicted_energy"] = energy
+            bare.arrays["predicted_forces"] = forces
+            predicted.append(bare)
+        ase.io.write(path, predicted, format="extxyz")
 
     def memory(self) -> dict[str, int | None]:
         """Return the highest use of memory so far, bytes."""
