@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 from models import Model
 
-__all__ = ["Worker", "WorkerError", "machine", "quartiles", "read_json", "start", "write_json"]
+__all__ = [
+    "Worker",
+    "WorkerError",
+    "machine",
+    "quartiles",
+    "read_json",
+    "start",
+    "write_json",
+    "write_text",
+]
 
 _WORKERS = Path(__file__).parent / "workers"
 _REPOSITORY = Path(__file__).parents[1]
@@ -172,7 +181,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
