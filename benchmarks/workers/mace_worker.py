@@ -44,7 +44,7 @@ class MaceWorker(ModelWorker):
         line = [f"--{key}={value}" for key, value in options.items()]
         arguments, _ = tools.check_args(tools.build_default_arg_parser().parse_args(line))
         # What it would take from the training set.
-        arguments.mean, arguments.std, arguments.avg_num_neighbors = 0.0, 1.0, 50.0
+        arguments.mean, arguments.std, arguments.avg_num_neighbors = 0.0, [1.0], 50.0
         arguments.compute_energy, arguments.compute_dipole = True, False
         model, _ = configure_model(
             arguments,
