@@ -94,8 +94,11 @@ class PotentialConfig(StrictModel):
     l_max: int = Field(
         default=3, ge=0, le=4, description="highest spherical harmonic of the neighbour density"
     )
-    hidden_l_max: int = Field(
-        default=2, ge=0, le=3, description="highest degree of the features passed between layers"
+    message_l_max: int = Field(
+        default=1, ge=0, le=2, description="highest degree of the features that neighbours pass on"
+    )
+    message_channels: int = Field(
+        default=16, ge=1, le=1024, description="channels of the features that neighbours pass on"
     )
     radial_functions: int = Field(default=8, ge=2, le=64)
     radial_hidden: int = Field(default=32, ge=4, le=1024)
@@ -106,12 +109,12 @@ class PotentialConfig(StrictModel):
 
     @model_validator(mode="after")
     def _degrees(self) -> PotentialConfig:
-        if self.hidden_l_max > self.l_max:
-            raise ValueError(f"hidden_l_max {self.hidden_l_max} exceeds l_max {self.l_max}")
-        if self.charge_head == "equivariant" and self.hidden_l_max < 2:
+        if self.message_l_max > self.l_max:
+            raise ValueError(f"message_l_max {self.message_l_max} exceeds l_max {self.l_max}")
+        if self.charge_head == "equivariant" and self.l_max < 1:
             raise ValueError(
-                "charge_head: equivariant needs hidden_l_max >= 2 (p shells hold a 2e block); "
-                "raise hidden_l_max or choose charge_head: invariant or none"
+                "charge_head: equivariant needs l_max >= 1 (p shells hold a 2e block); "
+                "raise l_max or choose charge_head: invariant or none"
             )
         return self
 
@@ -138,9 +141,9 @@ class TaskWeights(StrictModel):
 class OptimizerConfig(StrictModel):
     """Adam with a cosine schedule and an exponential moving average (EMA) of the weights."""
 
-    learning_rate: float = Field(default=5e-3, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    batch_size: int = Field(default=16, ge=1, description="structures per step")
+    batch_size: int = Field(default=8, ge=1, description="structures per step")
     steps: int = Field(default=10_000, ge=1, description="optimiser steps in all")
     warmup_steps: int = Field(default=100, ge=0)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)

@@ -11,7 +11,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.geometry import complete_cell
-from ase.neighborlist import neighbor_list
+from scipy.spatial import cKDTree
 
 from orbcalc.errors import StructureError
 from orbcalc.properties import CHARGE_KEY, SPIN_KEY
@@ -98,11 +98,10 @@ def check_structure(atoms: Atoms, name: str | None = None) -> None:
             f"{atoms.cell.array.tolist()}. Set the cell, or pbc=False."
         )
     charge_and_multiplicity(atoms)
-    i, j, distances = neighbor_list("ijd", atoms, MIN_DISTANCE)
-    if len(distances):
-        closest = int(np.argmin(distances))
+    i, j, distance = _closest_overlap(atoms)
+    if distance < MIN_DISTANCE:
         raise StructureError(
-            f"atoms {i[closest]} and {j[closest]} of {name} are {distances[closest]:.3f} Å apart: "
+            f"atoms {i} and {j} of {name} are {distance:.3f} Å apart: "
             f"they overlap (limit {MIN_DISTANCE} Å). Correct the structure."
         )
 
@@ -130,6 +129,33 @@ def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> li
             chosen.append(index)
             left.subtract(elements)
     return chosen
+
+
+def _closest_overlap(atoms: Atoms) -> tuple[int, int, float]:
+    """Return the closest two atoms (or an atom and its image) and their distance.
+
+    The distance is infinite if nothing overlaps. A tree in fractional coordinates knows
+    periodic images, and is far faster than a neighbour list, whose bins are made for cutoffs
+    of several Å.
+    """
+    lengths = atoms.cell.lengths()[atoms.pbc]
+    if lengths.min(initial=np.inf) < MIN_DISTANCE:
+        return 0, 0, float(lengths.min())
+    cell = complete_cell(atoms.cell.array) if atoms.pbc.any() else np.eye(3)
+    to_fractional = np.linalg.inv(cell)
+    fractional = atoms.positions @ to_fractional
+    fractional[:, atoms.pbc] %= 1.0
+    fractional[:, atoms.pbc] %= 1.0  # a tiny negative number gave 1.0, which is outside the box
+    tree = cKDTree(fractional, boxsize=atoms.pbc.astype(float))
+    radius = MIN_DISTANCE * np.linalg.norm(to_fractional, 2)
+    pairs = tree.query_pairs(radius, output_type="ndarray")
+    between = fractional[pairs[:, 0]] - fractional[pairs[:, 1]]
+    between[:, atoms.pbc] -= np.round(between[:, atoms.pbc])
+    distances = np.linalg.norm(between @ cell, axis=1)
+    if len(distances) == 0:
+        return 0, 0, np.inf
+    closest = int(np.argmin(distances))
+    return int(pairs[closest, 0]), int(pairs[closest, 1]), float(distances[closest])
 
 
 def structure_key(atoms: Atoms) -> str:

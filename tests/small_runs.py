@@ -33,7 +33,7 @@ POTENTIAL: dict[str, Any] = {
     "cutoff": 4.0,
     "channels": 8,
     "l_max": 2,
-    "hidden_l_max": 2,
+    "message_l_max": 1,
     "radial_functions": 4,
     "radial_hidden": 8,
 }

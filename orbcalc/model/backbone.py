@@ -25,7 +25,13 @@ from torch.nn.functional import silu
 from orbcalc.config import PotentialConfig
 from orbcalc.graph import AtomGraph, gather_neighbors
 from orbcalc.model.basis import SphericalHarmonics, bessel_basis, polynomial_cutoff
-from orbcalc.model.products import DegreeLinear, ProductBasis, degree_of_component
+from orbcalc.model.products import DegreeLinear, SphereProduct, degree_of_component
+
+#: Up to products of three densities, which hold the positions of three neighbours and the atom.
+BODY_ORDER = 4
+
+#: Of the neighbours of the first layer.
+ELEMENT_CHANNELS = 8
 
 __all__ = ["AtomUpdate", "Backbone", "EdgeBasis", "NeighborDensity", "NodeFeatures"]
 
@@ -36,8 +42,7 @@ class EdgeBasis:
 
     radial: Float[Tensor, "n_atoms n_slots n_radial"]
     envelope: Float[Tensor, "n_atoms n_slots 1"]
-    harmonics: tuple[Float[Tensor, "n_atoms _ n_slots"], ...]
-    """One contiguous tensor for each degree: batched products are slow on slices."""
+    harmonics: Float[Tensor, "n_atoms n_slots n_components"]
 
 
 @dataclass(frozen=True)
@@ -68,75 +73,86 @@ def mlp(
 
 
 class NeighborDensity(nn.Module):
-    """Sum neighbours into the density A, ((l_max + 1)², n_atoms, channels)."""
+    """Sum neighbours into the density A, ((l_max + 1)², n_atoms, channels).
 
-    def __init__(self, config: PotentialConfig, l_in: int) -> None:
+    The sums over neighbours are batched products of matrices, one for each atom, of functions
+    of the edges with features of the neighbours; radial weights are applied behind them.
+
+    Parameters
+    ----------
+    config
+        Sizes.
+    l_in
+        Degree of the neighbours' features.
+    n_in
+        Channels of the neighbours' features.
+    """
+
+    def __init__(self, config: PotentialConfig, l_in: int, n_in: int) -> None:
         super().__init__()
-        self.l_max, self.l_in, self.channels = config.l_max, l_in, config.channels
-        # Radial functions: one per degree of A, and two per degree > 0 of incoming features.
-        self.n_filters = config.l_max + 1 + 2 * l_in
-        self.radial = mlp(
-            config.radial_functions,
-            config.radial_hidden,
-            self.n_filters * config.channels,
-            gain=0.5,  # the nearest neighbours, which count most, see larger radial functions
-        )
-        self.scalars = nn.Linear(config.channels, config.channels, bias=False)
-        nn.init.normal_(self.scalars.weight, std=1 / math.sqrt(config.channels))
+        n_radial, channels = config.radial_functions, config.channels
+        self.l_max, self.l_in = config.l_max, l_in
+        self.radial = mlp(n_radial, config.radial_hidden, n_radial)
+        self.mix = DegreeLinear(config.l_max, (l_in + 1) * n_radial * n_in, channels, size=0.5)
+        if l_in > 0:
+            self.mix_passed = DegreeLinear(l_in, n_radial * n_in, channels, l_min=1, size=0.5)
 
     def forward(
-        self, hidden: Float[Tensor, "m n channels"], edges: EdgeBasis, graph: AtomGraph
+        self, shown: Float[Tensor, "m n n_in"], edges: EdgeBasis, graph: AtomGraph
     ) -> Float[Tensor, "n_components n channels"]:
         """Sum over the neighbours of every atom."""
-        filters = (self.radial(edges.radial) * edges.envelope).unflatten(
-            -1, (self.n_filters, self.channels)
-        )
-        shown = gather_neighbors(self.scalars(hidden[0]), graph)  # (n, slots, channels)
-        passed: list[Tensor] = []
+        radial = self.radial(edges.radial) * edges.envelope
+        functions = (edges.harmonics[..., None] * radial[:, :, None]).flatten(2)
+        neighbors = gather_neighbors(shown.transpose(0, 1).flatten(1), graph)
+        neighbors = neighbors.unflatten(-1, (shown.shape[0], -1))  # (n, slots, m, n_in)
+        scalars, tensors = neighbors.split([1, shown.shape[0] - 1], dim=2)
+        seen = scalars.squeeze(2)
         if self.l_in > 0:
-            tensors = gather_neighbors(hidden[1:].transpose(0, 1).contiguous(), graph)
-            for degree in range(1, self.l_in + 1):
-                own = slice(degree**2 - 1, (degree + 1) ** 2 - 1)
-                tensor = tensors[:, :, own]  # (n, slots, 2l + 1, channels)
-                harmonics = edges.harmonics[degree].transpose(1, 2)[..., None]
-                towards = (harmonics * tensor).sum(2) / math.sqrt(2 * degree + 1)
-                shown = shown + towards * filters[:, :, self.l_max + degree]
-                through = filters[:, :, self.l_max + self.l_in + degree, None]
-                passed.append((through * tensor).sum(1))
-        density = [
-            harmonics @ (filters[:, :, degree] * shown)
-            for degree, harmonics in enumerate(edges.harmonics)
-        ]
-        for degree, message in enumerate(passed, start=1):
-            density[degree] = density[degree] + message
-        return torch.cat(density, dim=1).transpose(0, 1).contiguous()
+            # What a neighbour's tensors look like from here: their part along the edge.
+            parts = edges.harmonics[:, :, 1 : shown.shape[0], None] * tensors
+            sizes = [2 * degree + 1 for degree in range(1, self.l_in + 1)]
+            along = [part.sum(2) / math.sqrt(part.shape[2]) for part in parts.split(sizes, 2)]
+            seen = torch.cat([seen, *along], dim=-1)
+        density = torch.bmm(functions.transpose(1, 2), seen)
+        density = density.unflatten(1, (-1, radial.shape[-1])).transpose(0, 1).flatten(2)
+        density = self.mix(density)
+        if self.l_in == 0:
+            return density
+        passed = torch.bmm(radial.transpose(1, 2), tensors.flatten(2))
+        passed = passed.unflatten(-1, (tensors.shape[2], -1)).permute(2, 0, 1, 3).flatten(2)
+        passed = self.mix_passed(passed)
+        n_passed = passed.shape[0]
+        scalar, lower, higher = density.split([1, n_passed, density.shape[0] - n_passed - 1])
+        return torch.cat([scalar, lower + passed, higher])
 
 
 class AtomUpdate(nn.Module):
-    """Multiply the density with itself and update the features of each atom."""
+    """Multiply the density with itself and update the features of each atom.
 
-    degree_of_component: Tensor
+    The factors of a product are the same density, each weighted by degree and channel in a way
+    of its own, which the atom's scalars decide.
+    """
 
-    def __init__(self, config: PotentialConfig, l_in: int, l_out: int) -> None:
+    degree: Tensor
+
+    def __init__(self, config: PotentialConfig, l_out: int, *, keep_tensors: bool) -> None:
         super().__init__()
-        channels, l_max = config.channels, config.l_max
-        self.l_out, self.l_pair = l_out, max(l_out, min(2, l_max))
-        self.mix = DegreeLinear(l_max, channels, channels)
-        self.gate_density = nn.Linear(channels, (l_max + 1) * channels)
-        nn.init.normal_(self.gate_density.weight, std=0.3 / math.sqrt(channels))
-        nn.init.ones_(self.gate_density.bias)
-        self.square = ProductBasis(l_max, l_max, self.l_pair, channels, symmetric=True, size=0.5)
-        self.mix_square = DegreeLinear(self.l_pair, channels, channels)
-        self.cube = ProductBasis(self.l_pair, l_max, l_out, channels, size=0.5)
-        self.combine = DegreeLinear(l_out, 3 * channels, channels)
+        channels, l_max, order = config.channels, config.l_max, BODY_ORDER - 1
+        self.order = order
+        self.weigh = nn.Linear(channels, order * (l_max + 1) * channels)
+        nn.init.normal_(self.weigh.weight, std=0.1 / math.sqrt(channels))
+        nn.init.normal_(self.weigh.bias, mean=1.0, std=0.5)
+        self.product = SphereProduct(l_max, l_out, order)
+        self.combine = DegreeLinear(l_out, order * channels, channels)
         self.shift = nn.Linear(channels, channels)
         self.scalars = nn.Linear(channels, channels, bias=False)
-        nn.init.normal_(self.scalars.weight, std=1.6 / math.sqrt(channels))
+        nn.init.normal_(self.scalars.weight, std=0.8 / math.sqrt(channels))
         if l_out > 0:
             self.gate_tensors = nn.Linear(channels, l_out * channels)
-            if l_in > 0:
-                self.skip = DegreeLinear(l_in, channels, channels)
-        self.register_buffer("degree_of_component", degree_of_component(l_max), persistent=False)
+            self.skip = (
+                DegreeLinear(l_out, channels, channels, l_min=1) if keep_tensors else None
+            )
+        self.register_buffer("degree", degree_of_component(l_max), persistent=False)
 
     def forward(
         self,
@@ -145,24 +161,24 @@ class AtomUpdate(nn.Module):
         l_out: int,
     ) -> tuple[Float[Tensor, "n channels"], Float[Tensor, "m2 n channels"]]:
         """Return the update of the scalars and the new features up to degree `l_out`."""
-        gate = self.gate_density(hidden[0]).unflatten(-1, (-1, density.shape[-1]))
-        density = self.mix(density) * gate.transpose(0, 1)[self.degree_of_component]
-        n_out = (l_out + 1) ** 2
-        square = self.square(density, density)
-        cube = self.cube(self.mix_square(square), density, l_out)
-        message = self.combine(torch.cat([density[:n_out], square[:n_out], cube], dim=-1))
-        shift = self.shift(hidden[0])
-        update = self.scalars(silu(message[0] + shift) - silu(shift))
+        n_out, channels = (l_out + 1) ** 2, density.shape[-1]
+        old, old_tensors = hidden.split([1, hidden.shape[0] - 1])
+        old = old.squeeze(0)
+        weights = self.weigh(old).unflatten(-1, (self.order, -1, channels)).permute(1, 2, 0, 3)
+        factors = [density * w.index_select(0, self.degree) for w in weights.unbind()]
+        powers = [factors[0][:n_out], *self.product(factors, l_out)]
+        message = self.combine(torch.cat(powers, dim=-1))
+        scalars, tensors = message.split([1, n_out - 1])
+        shift = self.shift(old)
+        update = self.scalars(silu(scalars.squeeze(0) + shift) - silu(shift))
+        new = old + update
         if l_out == 0:
-            return update, (hidden[0] + update)[None]
-        gate = self.gate_tensors(hidden[0] + update).unflatten(-1, (-1, density.shape[-1]))
-        gate = torch.sigmoid(gate).transpose(0, 1)[self.degree_of_component[1:n_out] - 1]
-        tensors = message[1:] * gate
-        n_old = min(n_out, hidden.shape[0])
-        if n_old > 1:
-            old = self.skip(hidden)[1:n_old]
-            tensors = torch.cat([tensors[: n_old - 1] + old, tensors[n_old - 1 :]])
-        return update, torch.cat([(hidden[0] + update)[None], tensors])
+            return update, new[None]
+        gates = self.gate_tensors(new).unflatten(-1, (-1, channels)).transpose(0, 1)
+        tensors = tensors * (2 * torch.sigmoid(gates)).index_select(0, self.degree[1:n_out] - 1)
+        if self.skip is not None:
+            tensors = tensors + self.skip(old_tensors)
+        return update, torch.cat([new[None], tensors])
 
 
 class Backbone(nn.Module):
@@ -182,18 +198,28 @@ class Backbone(nn.Module):
     def __init__(self, config: PotentialConfig, n_elements: int, neighbor_scale: float) -> None:
         super().__init__()
         self.config, self.neighbor_scale = config, neighbor_scale
+        channels, l_message = config.channels, config.message_l_max
         self.harmonics = SphericalHarmonics(config.l_max)
-        self.elements = nn.Embedding(n_elements, config.channels)
-        self.electrons = mlp(2, config.channels, config.channels, bias=False)
-        l_hidden = config.hidden_l_max
+        self.elements = nn.Embedding(n_elements, channels)
+        self.electrons = mlp(2, channels, channels, bias=False)
+        # The first layer tells elements apart; many of them share a few channels.
+        n_kinds = min(n_elements, ELEMENT_CHANNELS)
+        self.kinds = nn.Embedding(n_elements, n_kinds)
+        if n_elements == n_kinds:
+            self.kinds.weight.data = math.sqrt(n_kinds) * torch.eye(n_kinds)
+        self.shown = nn.ModuleList()
         self.densities = nn.ModuleList()
         self.updates = nn.ModuleList()
         for layer in range(config.layers):
-            l_in = 0 if layer == 0 else l_hidden
-            # Only an equivariant head reads more than scalars behind the last layer.
-            is_read = layer < config.layers - 1 or config.charge_head == "equivariant"
-            self.densities.append(NeighborDensity(config, l_in))
-            self.updates.append(AtomUpdate(config, l_in, l_hidden if is_read else 0))
+            l_in, n_in = (l_message, config.message_channels) if layer else (0, n_kinds)
+            keep_tensors, l_out = layer > 0, l_message
+            if layer == config.layers - 1:
+                # Only the equivariant charge head reads tensors, and only new ones of degree 2.
+                keep_tensors, l_out = False, 2 if config.charge_head == "equivariant" else 0
+            if layer:
+                self.shown.append(DegreeLinear(l_in, channels, n_in))
+            self.densities.append(NeighborDensity(config, l_in, n_in))
+            self.updates.append(AtomUpdate(config, l_out, keep_tensors=keep_tensors))
 
     def forward(
         self,
@@ -207,11 +233,14 @@ class Backbone(nn.Module):
         electrons = torch.stack([graph.charge, graph.unpaired], -1).to(vectors.dtype)
         embedding = self.electrons(electrons)[graph.structure_index]
         hidden = (self.elements(elements) + embedding)[None]
+        shown = self.kinds(elements)[None]
         updates = []
         n_layers = len(self.densities)
         for layer, (density, update) in enumerate(zip(self.densities, self.updates, strict=True)):
-            neighbors = density(hidden, edges, graph) / self.neighbor_scale
-            degree = l_out if layer == n_layers - 1 else self.config.hidden_l_max
+            if layer:
+                shown = self.shown[layer - 1](hidden)
+            neighbors = density(shown, edges, graph) / self.neighbor_scale
+            degree = l_out if layer == n_layers - 1 else self.config.message_l_max
             scalars, hidden = update(hidden, neighbors, degree)
             updates.append(scalars)
         return NodeFeatures(embedding, tuple(updates), hidden)
@@ -229,8 +258,5 @@ class Backbone(nn.Module):
         return EdgeBasis(
             radial=bessel_basis(distances, self.config.cutoff, self.config.radial_functions),
             envelope=envelope[..., None],
-            harmonics=tuple(
-                part.transpose(1, 2).contiguous()
-                for part in self.harmonics(vectors / distances[..., None])
-            ),
+            harmonics=torch.cat(self.harmonics(vectors / distances[..., None]), dim=-1),
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orbcalc.config import OptimizerConfig
 from orbcalc.model.archive import read_archive, write_archive
 from orbcalc.model.checkpoint import load_weights, potential_content, potential_from
 from orbcalc.model.potential import Potential
+from orbcalc.model.products import DegreeLinear
 
 __all__ = ["TrainState"]
 
@@ -125,8 +127,22 @@ class TrainState:
 
 
 def _adam(potential: Potential, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return Adam with a step for each matrix that falls with the root of its inputs.
+
+    A step of Adam changes every weight alike, so the change of an output grows with the number
+    of inputs; this keeps one learning rate good for all widths (Yang 2022, 2203.03466).
+    """
+    fan_in = {}
+    for module in potential.modules():
+        if isinstance(module, nn.Linear):
+            fan_in[module.weight] = module.in_features
+        elif isinstance(module, DegreeLinear):
+            fan_in[module.weight] = module.fan_in
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter in potential.parameters():
+        groups.setdefault(fan_in.get(parameter, 1), []).append(parameter)
     return torch.optim.AdamW(
-        potential.parameters(),
+        [{"params": group, "factor": 1 / math.sqrt(n)} for n, group in sorted(groups.items())],
         lr=config.learning_rate,
         betas=(0.9, 0.99),
         weight_decay=config.weight_decay,

@@ -118,7 +118,7 @@ class Trainer:
         graph, targets = self.train.batch(self._indices(state.step))
         graph, targets = graph.to(self.device), targets.to(self.device)
         for group in state.optimizer.param_groups:
-            group["lr"] = options.learning_rate * self._schedule(state.step)
+            group["lr"] = options.learning_rate * group["factor"] * self._schedule(state.step)
         prediction = state.potential(graph, self.properties, create_graph=True)
         loss, terms = multitask_loss(
             state.potential, prediction, graph, targets, self.config.tasks, scales

@@ -84,11 +84,11 @@ def test_all_problems_are_listed():
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        (PotentialConfig, {"l_max": 1, "hidden_l_max": 2}, "hidden_l_max 2 exceeds l_max 1"),
+        (PotentialConfig, {"l_max": 1, "message_l_max": 2}, "message_l_max 2 exceeds l_max 1"),
         (
             PotentialConfig,
-            {"hidden_l_max": 1},
-            "charge_head: equivariant needs hidden_l_max >= 2 .*choose charge_head: invariant",
+            {"l_max": 0, "message_l_max": 0},
+            "charge_head: equivariant needs l_max >= 1 .*choose charge_head: invariant",
         ),
         (
             TrainConfig,

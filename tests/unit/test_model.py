@@ -19,7 +19,7 @@ from orbcalc.graph import AtomGraph
 from orbcalc.model.basis import SphericalHarmonics, bessel_basis, polynomial_cutoff
 from orbcalc.model.committee import Calibration, Committee
 from orbcalc.model.potential import Potential, Prediction
-from orbcalc.model.products import DegreeLinear, ProductBasis, degree_of_component
+from orbcalc.model.products import DegreeLinear, SphereProduct, degree_of_component
 
 ROTATION = random_rotation(7)
 
@@ -95,75 +95,78 @@ def test_degree_linear_mixes_each_degree_alone():
     torch.testing.assert_close(layer(turned(values, 2)), turned(found, 2), atol=1e-7, rtol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("l_left", "l_right", "l_out"), [(3, 3, 2), (2, 3, 2), (1, 2, 3), (0, 0, 0)]
-)
+def test_degree_linear_that_begins_above_scalars():
+    layer = seeded(lambda: DegreeLinear(2, 2, 3, l_min=1))
+    values = features(2)[1:]
+    for degree, block in enumerate(layer(values).split([3, 5]), start=1):
+        own = values[degree**2 - 1 : (degree + 1) ** 2 - 1]
+        torch.testing.assert_close(block, own @ layer.weight[degree - 1])
+    torch.testing.assert_close(layer(values[:3]), layer(values)[:3])
+
+
+@pytest.mark.parametrize(("l_max", "l_out", "order"), [(3, 2, 3), (2, 3, 2), (1, 2, 4), (0, 0, 3)])
 @pytest.mark.parametrize("improper", [False, True])
-def test_products_are_equivariant(l_left, l_right, l_out, improper):
+def test_products_are_equivariant(l_max, l_out, order, improper):
     rotation = random_rotation(2, improper=improper)
-    product = seeded(lambda: ProductBasis(l_left, l_right, l_out, 2))
-    left, right = features(l_left, seed=1), features(l_right, seed=2)
-    found = product(left, right)
-    assert found.shape == ((l_out + 1) ** 2, 3, 2)
-    both = product(turned(left, l_left, rotation), turned(right, l_right, rotation))
-    torch.testing.assert_close(both, turned(found, l_out, rotation), atol=1e-6, rtol=1e-6)
+    product = SphereProduct(l_max, l_out, order)
+    factors = [features(l_max, seed=k) for k in range(order)]
+    found = product(factors, l_out)
+    assert len(found) == order - 1
+    both = product([turned(factor, l_max, rotation) for factor in factors], l_out)
+    for power, other in zip(found, both, strict=True):
+        assert power.shape == ((l_out + 1) ** 2, 3, 2)
+        torch.testing.assert_close(other, turned(power, l_out, rotation), atol=1e-7, rtol=1e-7)
 
 
-def test_products_are_a_sum_over_paths():
-    """The slow and obvious way: Wigner 3j symbols, path by path."""
-    product = seeded(lambda: ProductBasis(2, 1, 2, 2))
-    left, right = features(2, seed=1), features(1, seed=2)
-    expected, n_paths = torch.zeros(9, 3, 2, dtype=torch.float64), 0
-    for l3 in range(3):
-        couplings = [
-            (l1, l2)
-            for l1 in range(3)
-            for l2 in range(2)
-            if (l1 + l2 + l3) % 2 == 0 and abs(l1 - l2) <= l3 <= l1 + l2
-        ]
-        for l1, l2 in couplings:
-            symbol = o3.wigner_3j(l1, l2, l3, dtype=torch.float64) * math.sqrt(2 * l3 + 1)
-            coupled = torch.einsum(
-                "abm,anc,bnc->mnc",
-                symbol,
-                left[l1**2 : (l1 + 1) ** 2],
-                right[l2**2 : (l2 + 1) ** 2],
-            )
-            scale = product.weight[n_paths] / math.sqrt(len(couplings))
-            expected[l3**2 : (l3 + 1) ** 2] += coupled * scale
-            n_paths += 1
-    assert n_paths == len(product.weight)
-    torch.testing.assert_close(product(left, right), expected, atol=1e-6, rtol=1e-6)
+def test_products_are_gaunt_coefficients():
+    """The slow and obvious way: Wigner 3j symbols, coupling by coupling.
+
+    ∫ Y_l1 Y_l2 Y_l3 / 4π = sqrt((2l1+1)(2l2+1)(2l3+1)) (l1 l2 l3; 0 0 0) (l1 l2 l3; m1 m2 m3),
+    up to the phase of the basis, which a point on the polar axis gives.
+    """
+    left, right = features(2, seed=1), features(2, seed=2)
+    pole = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    at_pole = [
+        o3.spherical_harmonics(k, pole, normalize=True, normalization="component")
+        for k in range(5)
+    ]
+    expected = torch.zeros(9, 3, 2, dtype=torch.float64)
+    for l1 in range(3):
+        for l2 in range(3):
+            for l3 in range(abs(l1 - l2), min(l1 + l2, 2) + 1):
+                symbol = o3.wigner_3j(l1, l2, l3, dtype=torch.float64)
+                # Y_l1 Y_l2 and Σ_l3 g_l3 (Y_l1 ⊗ Y_l2)_l3 are the same function: project at the pole.
+                coupled = torch.einsum("abm,a,b->m", symbol, at_pole[l1], at_pole[l2])
+                gaunt = (coupled @ at_pole[l3]) / 1.0
+                block = torch.einsum(
+                    "abm,anc,bnc->mnc",
+                    symbol,
+                    left[l1**2 : (l1 + 1) ** 2],
+                    right[l2**2 : (l2 + 1) ** 2],
+                )
+                expected[l3**2 : (l3 + 1) ** 2] += gaunt * block
+    (found,) = SphereProduct(2, 2, 2)([left, right], 2)
+    size = math.sqrt(9)  # both factors are divided by it, the product is multiplied
+    torch.testing.assert_close(found * size, expected, atol=1e-7, rtol=1e-7)
 
 
-def test_the_square_of_a_feature_has_all_that_its_product_with_itself_has():
-    """Couplings (l1, l2) and (l2, l1) are the same for one feature: each is there once."""
-    symmetric = seeded(lambda: ProductBasis(2, 2, 2, 2, symmetric=True))
-    full = seeded(lambda: ProductBasis(2, 2, 2, 2))
-    value = features(2, seed=3)
-    assert len(symmetric.weight) < len(full.weight)
-    torch.testing.assert_close(
-        symmetric(turned(value, 2), turned(value, 2)),
-        turned(symmetric(value, value), 2),
-        atol=1e-6,
-        rtol=1e-6,
-    )
-    # The one path from a feature of degree 1 to a scalar is its squared norm.
-    scalar = seeded(lambda: ProductBasis(1, 1, 0, 2, symmetric=True))
-    with torch.no_grad():
-        scalar.weight[0] = 0.0
-    vector = features(1, seed=4)
-    vector[0] = 0.0
-    norms = vector[1:].pow(2).sum(0) / math.sqrt(3) / math.sqrt(2) * scalar.weight[1]
-    torch.testing.assert_close(scalar(vector, vector)[0].abs(), norms.abs(), atol=1e-6, rtol=1e-6)
+def test_the_grid_is_fine_enough():
+    """A finer rule gives the same products."""
+    factors = [features(3, seed=k) for k in range(3)]
+    fine = SphereProduct(3, 2, 5)
+    for found, expected in zip(
+        SphereProduct(3, 2, 3)(factors, 2), fine(factors, 2), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_lower_degrees_alone():
-    product = seeded(lambda: ProductBasis(2, 2, 2, 2))
-    left, right = features(2, seed=1), features(2, seed=2)
-    whole = product(left, right)
+    product = SphereProduct(2, 2, 3)
+    factors = [features(2, seed=k) for k in range(3)]
+    whole = product(factors, 2)
     for l_out in range(2):
-        torch.testing.assert_close(product(left, right, l_out), whole[: (l_out + 1) ** 2])
+        for power, expected in zip(product(factors, l_out), whole, strict=True):
+            torch.testing.assert_close(power, expected[: (l_out + 1) ** 2])
 
 
 # --------------------------------------------------------------------------- potential

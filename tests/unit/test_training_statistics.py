@@ -117,7 +117,7 @@ def test_labels_that_never_change_do_not_divide_by_zero() -> None:
 
 
 def test_invariant_targets_are_the_diagonal_and_keep_what_is_absent() -> None:
-    config = PotentialConfig(charge_head="invariant", hidden_l_max=1, l_max=2)
+    config = PotentialConfig(charge_head="invariant", l_max=2)
     rng = np.random.default_rng(1)
     atoms = _with_blocks(rng.normal(size=7))
     blocks = torch.from_numpy(atoms.arrays[XTB_BLOCKS])
