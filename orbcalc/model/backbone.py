@@ -27,22 +27,25 @@ from orbcalc.graph import AtomGraph, gather_neighbors
 from orbcalc.model.basis import SphericalHarmonics, bessel_basis, polynomial_cutoff
 from orbcalc.model.products import DegreeLinear, SphereProduct, degree_of_component
 
+__all__ = ["AtomUpdate", "Backbone", "EdgeBasis", "NeighborDensity", "NodeFeatures"]
+
+#: SiLU of a unit normal has a size of 0.6.
+SILU_GAIN = 1.6
+
 #: Up to products of three densities, which hold the positions of three neighbours and the atom.
 BODY_ORDER = 4
 
 #: Of the neighbours of the first layer.
 ELEMENT_CHANNELS = 8
 
-__all__ = ["AtomUpdate", "Backbone", "EdgeBasis", "NeighborDensity", "NodeFeatures"]
-
 
 @dataclass(frozen=True)
 class EdgeBasis:
-    """Functions of the edge vectors, shared by all layers; zero in unused slots."""
+    """Functions of the edge vectors, shared by all layers; an edge is a slot, used or not."""
 
-    radial: Float[Tensor, "n_atoms n_slots n_radial"]
-    envelope: Float[Tensor, "n_atoms n_slots 1"]
-    harmonics: Float[Tensor, "n_atoms n_slots n_components"]
+    radial: Float[Tensor, "n_radial n_edges"]
+    envelope: Float[Tensor, " n_edges"]
+    harmonics: Float[Tensor, "n_atoms n_components n_slots"]
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,36 @@ class NodeFeatures:
     """Features after the last layer, up to the degree asked for."""
 
 
-def mlp(
-    n_in: int, n_hidden: int, n_out: int, *, bias: bool = True, gain: float = 1.6
-) -> nn.Sequential:
+def mlp(n_in: int, n_hidden: int, n_out: int, *, bias: bool = True) -> nn.Sequential:
     """Return a network of one hidden layer with SiLU.
 
-    The default gain keeps the size of the input: SiLU of a unit normal has a size of 0.6.
+    It keeps the size of its input.
     """
     first, last = nn.Linear(n_in, n_hidden, bias=bias), nn.Linear(n_hidden, n_out, bias=bias)
-    for layer, size in ((first, 1.0), (last, gain)):
+    for layer, size in ((first, 1.0), (last, SILU_GAIN)):
         nn.init.normal_(layer.weight, std=size / math.sqrt(layer.in_features))
         if bias:
             nn.init.zeros_(layer.bias)
     return nn.Sequential(first, nn.SiLU(), last)
+
+
+class RadialNetwork(nn.Module):
+    """Learned radial functions, made of the basis functions by a network of one hidden layer."""
+
+    def __init__(self, n_functions: int, n_hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(n_functions, n_hidden)
+        self.last = nn.Linear(n_hidden, n_functions)
+        for layer, size in ((self.first, 1.0), (self.last, SILU_GAIN)):
+            nn.init.normal_(layer.weight, std=size / math.sqrt(layer.in_features))
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, radial: Float[Tensor, "n_functions n_edges"]
+    ) -> Float[Tensor, "n_functions n_edges"]:
+        """Evaluate; edges come last, as everywhere among functions of edges."""
+        hidden = silu(torch.addmm(self.first.bias[:, None], self.first.weight, radial))
+        return torch.addmm(self.last.bias[:, None], self.last.weight, hidden)
 
 
 class NeighborDensity(nn.Module):
@@ -92,7 +112,7 @@ class NeighborDensity(nn.Module):
         super().__init__()
         n_radial, channels = config.radial_functions, config.channels
         self.l_max, self.l_in = config.l_max, l_in
-        self.radial = mlp(n_radial, config.radial_hidden, n_radial)
+        self.radial = RadialNetwork(n_radial, config.radial_hidden)
         self.mix = DegreeLinear(config.l_max, (l_in + 1) * n_radial * n_in, channels, size=0.5)
         if l_in > 0:
             self.mix_passed = DegreeLinear(l_in, n_radial * n_in, channels, l_min=1, size=0.5)
@@ -101,24 +121,26 @@ class NeighborDensity(nn.Module):
         self, shown: Float[Tensor, "m n n_in"], edges: EdgeBasis, graph: AtomGraph
     ) -> Float[Tensor, "n_components n channels"]:
         """Sum over the neighbours of every atom."""
-        radial = self.radial(edges.radial) * edges.envelope
-        functions = (edges.harmonics[..., None] * radial[:, :, None]).flatten(2)
+        n_atoms, _, n_slots = edges.harmonics.shape
+        radial = (self.radial(edges.radial) * edges.envelope).view(-1, n_atoms, n_slots)
+        radial = radial.transpose(0, 1).contiguous()
+        functions = (edges.harmonics[:, :, None] * radial[:, None]).flatten(1, 2)
         neighbors = gather_neighbors(shown.transpose(0, 1).flatten(1), graph)
         neighbors = neighbors.unflatten(-1, (shown.shape[0], -1))  # (n, slots, m, n_in)
         scalars, tensors = neighbors.split([1, shown.shape[0] - 1], dim=2)
         seen = scalars.squeeze(2)
         if self.l_in > 0:
             # What a neighbour's tensors look like from here: their part along the edge.
-            parts = edges.harmonics[:, :, 1 : shown.shape[0], None] * tensors
+            parts = edges.harmonics[:, 1 : shown.shape[0]].transpose(1, 2)[..., None] * tensors
             sizes = [2 * degree + 1 for degree in range(1, self.l_in + 1)]
             along = [part.sum(2) / math.sqrt(part.shape[2]) for part in parts.split(sizes, 2)]
             seen = torch.cat([seen, *along], dim=-1)
-        density = torch.bmm(functions.transpose(1, 2), seen)
-        density = density.unflatten(1, (-1, radial.shape[-1])).transpose(0, 1).flatten(2)
+        density = torch.bmm(functions, seen)
+        density = density.unflatten(1, (-1, radial.shape[1])).transpose(0, 1).flatten(2)
         density = self.mix(density)
         if self.l_in == 0:
             return density
-        passed = torch.bmm(radial.transpose(1, 2), tensors.flatten(2))
+        passed = torch.bmm(radial, tensors.flatten(2))
         passed = passed.unflatten(-1, (tensors.shape[2], -1)).permute(2, 0, 1, 3).flatten(2)
         passed = self.mix_passed(passed)
         n_passed = passed.shape[0]
@@ -149,9 +171,7 @@ class AtomUpdate(nn.Module):
         nn.init.normal_(self.scalars.weight, std=0.8 / math.sqrt(channels))
         if l_out > 0:
             self.gate_tensors = nn.Linear(channels, l_out * channels)
-            self.skip = (
-                DegreeLinear(l_out, channels, channels, l_min=1) if keep_tensors else None
-            )
+            self.skip = DegreeLinear(l_out, channels, channels, l_min=1) if keep_tensors else None
         self.register_buffer("degree", degree_of_component(l_max), persistent=False)
 
     def forward(
@@ -253,10 +273,11 @@ class Backbone(nn.Module):
         # result afterwards would leave NaN in the second derivatives.
         constant = vectors.new_tensor([self.config.cutoff, 0.0, 0.0])
         vectors = torch.where(graph.mask[..., None], vectors, constant)
-        distances = vectors.norm(dim=-1)
-        envelope = polynomial_cutoff(distances, self.config.cutoff)  # 0 at the cutoff, so unused
+        vectors = vectors.flatten(0, 1).T.contiguous()
+        distances = vectors.norm(dim=0)
+        harmonics = torch.cat(self.harmonics(vectors / distances))
         return EdgeBasis(
             radial=bessel_basis(distances, self.config.cutoff, self.config.radial_functions),
-            envelope=envelope[..., None],
-            harmonics=torch.cat(self.harmonics(vectors / distances[..., None]), dim=-1),
+            envelope=polynomial_cutoff(distances, self.config.cutoff),  # 0 at the cutoff
+            harmonics=harmonics.view(-1, *graph.mask.shape).transpose(0, 1).contiguous(),
         )

@@ -1,4 +1,7 @@
-"""Functions of one edge vector: radial basis, cutoff, spherical harmonics."""
+"""Functions of one edge vector: radial basis, cutoff, spherical harmonics.
+
+Edges come last: all edges of one function are contiguous, so every operation is a long one.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ __all__ = ["SphericalHarmonics", "bessel_basis", "polynomial_cutoff"]
 
 
 def bessel_basis(
-    distances: Float[Tensor, " *edges"], cutoff: float, n_functions: int
-) -> Float[Tensor, "*edges n_functions"]:
+    distances: Float[Tensor, " n_edges"], cutoff: float, n_functions: int
+) -> Float[Tensor, "n_functions n_edges"]:
     """Evaluate ``sin(n pi x) / (sqrt(2) x)``, x = r / rc, for n = 1, 2, ... (2003.03123, eq. 7).
 
     Distances in Å, not zero. The factor, free in the source, makes typical values of order one.
     """
     n = torch.arange(1, n_functions + 1, dtype=distances.dtype, device=distances.device)
-    x = distances[..., None] / cutoff
-    return torch.sin(math.pi * n * x) / (math.sqrt(2.0) * x)
+    x = distances / cutoff
+    return torch.sin(math.pi * n[:, None] * x) / (math.sqrt(2.0) * x)
 
 
 def polynomial_cutoff(
@@ -65,19 +68,18 @@ class SphericalHarmonics(nn.Module):
             )
             raw = torch.einsum("abc,a,b->c", coupling, lower, vector)
             coupling = coupling * (upper @ raw) / (raw @ raw)
-            self.register_buffer(
-                f"coupling_{degree}", coupling.reshape(-1, 2 * degree + 3), persistent=False
-            )
+            matrix = coupling.flatten(0, 1).T.contiguous()
+            self.register_buffer(f"coupling_{degree}", matrix, persistent=False)
 
     def forward(
-        self, directions: Float[Tensor, "*edges 3"]
-    ) -> list[Float[Tensor, "*edges n_components"]]:
+        self, directions: Float[Tensor, "3 n_edges"]
+    ) -> list[Float[Tensor, "n_components n_edges"]]:
         """Evaluate the 2l + 1 harmonics of each degree l = 0 ... l_max."""
-        harmonics = [torch.ones_like(directions[..., :1])]
+        harmonics = [torch.ones_like(directions[:1])]
         if self.l_max > 0:
             vector = math.sqrt(3.0) * directions
             harmonics.append(vector)
         for degree in range(1, self.l_max):
-            product = (harmonics[-1][..., :, None] * vector[..., None, :]).flatten(-2)
-            harmonics.append(product @ self.get_buffer(f"coupling_{degree}"))
+            product = (harmonics[-1][:, None] * vector).flatten(0, 1)
+            harmonics.append(self.get_buffer(f"coupling_{degree}") @ product)
         return harmonics

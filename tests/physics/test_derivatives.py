@@ -29,7 +29,9 @@ def test_forces_and_stress(potential, make):
     assert_derivatives(potential, make(), n_coordinates=24)
 
 
-@pytest.mark.parametrize("options", [{"l_max": 0, "message_l_max": 0}, {"layers": 1}, {"layers": 3}])
+@pytest.mark.parametrize(
+    "options", [{"l_max": 0, "message_l_max": 0}, {"layers": 1}, {"layers": 3}]
+)
 def test_forces_and_stress_of_other_architectures(make_potential, options):
     potential = make_potential("none", **options)
     assert_derivatives(potential, structures.ice_cell(), n_coordinates=12)

@@ -127,8 +127,7 @@ def test_products_are_gaunt_coefficients():
     left, right = features(2, seed=1), features(2, seed=2)
     pole = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
     at_pole = [
-        o3.spherical_harmonics(k, pole, normalize=True, normalization="component")
-        for k in range(5)
+        o3.spherical_harmonics(k, pole, normalize=True, normalization="component") for k in range(5)
     ]
     expected = torch.zeros(9, 3, 2, dtype=torch.float64)
     for l1 in range(3):
@@ -154,9 +153,7 @@ def test_the_grid_is_fine_enough():
     """A finer rule gives the same products."""
     factors = [features(3, seed=k) for k in range(3)]
     fine = SphereProduct(3, 2, 5)
-    for found, expected in zip(
-        SphereProduct(3, 2, 3)(factors, 2), fine(factors, 2), strict=True
-    ):
+    for found, expected in zip(SphereProduct(3, 2, 3)(factors, 2), fine(factors, 2), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
