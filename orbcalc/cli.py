@@ -422,7 +422,7 @@ def _print_census(census: Mapping[Any, Mapping[str, float]]) -> None:
 def _print_model(path: Path) -> None:
     from ase.data import chemical_symbols
 
-    from orbcalc.model.archive import file_sha256
+    from orbcalc.files import file_sha256
     from orbcalc.model.checkpoint import load_model
 
     committee, metadata = load_model(path)

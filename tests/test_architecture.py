@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -55,6 +56,15 @@ def test_import_contracts_hold() -> None:
         "sys.exit(lint_imports(no_cache=True))"
     )
     assert "5 kept, 0 broken" in report
+
+
+def test_one_module_writes_files() -> None:
+    writing = re.compile(
+        r"""\.write_(text|bytes)\(|\.open\(["'][wx]|\bopen\([^)]*["'][wx]b?["']|\.tmp\b|"""
+        r"""os\.(replace|rename)\b|\.rename\(|shutil\.(copy|move)"""
+    )
+    found = {p.name for p in (ROOT / "orbcalc").rglob("*.py") if writing.search(p.read_text())}
+    assert found == {"files.py"}
 
 
 def test_the_top_module_loads_nothing() -> None:

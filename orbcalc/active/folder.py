@@ -16,6 +16,7 @@ from ase import Atoms
 
 from orbcalc.config import RunConfig, dump_config, load_config
 from orbcalc.errors import ConfigError
+from orbcalc.files import replace_file
 from orbcalc.structures import read_structures, structure_key
 
 __all__ = ["RoundFiles", "RunFolder"]
@@ -124,11 +125,9 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all; its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, text)
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:

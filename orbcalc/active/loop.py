@@ -43,6 +43,7 @@ from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_wa
 from orbcalc.active.selection import draw_audit, select_hardest
 from orbcalc.config import RunConfig, TrainConfig, dump_config, load_config
 from orbcalc.errors import ConfigError, OrbcalcError
+from orbcalc.files import replace_file
 from orbcalc.labels.label import Label, LabelStatus
 from orbcalc.labels.reference import check_file_labels
 from orbcalc.labels.store import LabelStore
@@ -122,7 +123,7 @@ class ActiveLearning:
         number = 0
         while (certificate := self.step(number)) is None:
             number += 1
-        write_text(self.folder.certificate, certificate.to_json() + "\n")
+        certificate.write(self.folder.certificate)
         self._event("finished", reason=certificate.reason, statement=certificate.statement)
         return certificate
 
@@ -365,9 +366,7 @@ class ActiveLearning:
             return None
         released = self.folder.round(number - 1).model
         data = released.read_bytes()
-        temporary = self.folder.model.with_suffix(".tmp")
-        temporary.write_bytes(data)
-        temporary.replace(self.folder.model)
+        replace_file(self.folder.model, data)
         options = self.config.certificate
         return Certificate(
             reason=reason,

@@ -21,8 +21,8 @@ from ase import Atoms
 
 from orbcalc.config import TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, LabelConflictError
+from orbcalc.files import replace_file
 from orbcalc.labels.store import LabelStore, is_label_store
-from orbcalc.model.archive import replace_file
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
@@ -229,7 +229,7 @@ def _refuse_other_run(config: TrainConfig, path: Path) -> None:
             f"{path.parent} holds an unfinished training of another configuration. "
             f"Restore that configuration to go on, or delete the folder."
         )
-    replace_file(path, text.encode())  # members in other processes read it too
+    replace_file(path, text)  # members in other processes read it too
 
 
 def _methods(structures: list[Atoms]) -> dict[str, str]:
