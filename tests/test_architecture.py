@@ -110,7 +110,7 @@ def test_importing_everything_leaves_the_process_alone() -> None:
 {STATE}
 import distributed, e3nn, e3nn.o3, tblite.interface, vesin, typer, rich.progress, rich.table
 import jinja2, matplotlib.pyplot, scipy.stats, scipy.special, pydantic, safetensors.torch
-import jaxtyping, tblite.ase
+import jaxtyping
 before = state()
 import importlib
 for module in {modules!r}:
@@ -119,3 +119,19 @@ after = state()
 print(len({modules!r}), [name for name in before if before[name] != after[name]])
 """
     assert run(code) == f"{len(modules)} []\n"
+
+
+def test_md_with_gfn1_leaves_the_process_alone() -> None:
+    code = f"""
+{STATE}
+import tblite.interface
+from ase.build import molecule
+from orbcalc.labels.xtb import make_ase_calculator
+before = state()
+atoms = molecule("H2O")
+atoms.calc = make_ase_calculator("GFN1-xTB", atoms)
+atoms.get_forces()
+after = state()
+print([name for name in before if before[name] != after[name]], "tblite.ase" in sys.modules)
+"""
+    assert run(code) == "[] False\n"
