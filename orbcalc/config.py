@@ -270,7 +270,9 @@ class DaskConfig(StrictModel):
     model_workers: int | None = Field(
         default=None, ge=1, description="default: one per GPU, else as many as members, cores"
     )
-    retries: int = Field(default=2, ge=0, description="of tasks whose worker died")
+    retries: int = Field(
+        default=2, ge=0, description="of tasks that fail, unless the configuration is wrong"
+    )
     worker_timeout_s: float = Field(
         default=600.0, gt=0, description="how long a run waits while no worker could go on with it"
     )
