@@ -71,6 +71,15 @@ def test_the_top_module_loads_nothing() -> None:
     assert run(f"import orbcalc, sys; print({HEAVY} & set(sys.modules))") == "set()\n"
 
 
+def test_the_command_line_loads_nothing_before_it_knows_the_command() -> None:
+    assert run(f"import orbcalc.cli, sys; print({HEAVY} & set(sys.modules))") == "set()\n"
+
+
+def test_no_module_is_too_long_to_be_read() -> None:
+    lengths = {p: len(p.read_text().splitlines()) for p in (ROOT / "orbcalc").rglob("*.py")}
+    assert [path.name for path, length in lengths.items() if length > 450] == []
+
+
 @pytest.mark.parametrize("module", ["store", "xtb", "reference", "dft", "process", "worker"])
 def test_labels_load_neither_torch_nor_dask(module: str) -> None:
     loaded = "{'torch', 'e3nn', 'dask', 'distributed'} & set(sys.modules)"
