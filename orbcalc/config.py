@@ -184,6 +184,12 @@ class TrainConfig(StrictModel):
             raise ValueError("tasks.charges has weight, but potential.charge_head is none")
         return self
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        valid = self.valid if isinstance(self.valid, tuple) else ()
+        return (*self.train, *valid, *((self.start_from,) if self.start_from else ()))
+
 
 # -------------------------------------------------------------------------------- loop
 class MDConfig(StrictModel):
@@ -224,6 +230,11 @@ class PoolConfig(StrictModel):
         if self.md is not None and not (self.start or self.structures):
             raise ValueError("md needs starting structures: give `start` (or `structures`)")
         return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        return (*self.structures, *(self.start if self.md is not None else ()))
 
 
 class SelectionConfig(StrictModel):

@@ -6,9 +6,14 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["file_sha256", "replace_file"]
+__all__ = ["Fingerprints", "changed_files", "file_sha256", "fingerprints", "replace_file"]
+
+#: Stamp and hash of files, by path.
+Fingerprints = dict[str, dict[str, Any]]
 
 _CHUNK = 1 << 20
 
@@ -52,3 +57,53 @@ def file_sha256(path: str | Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def fingerprints(paths: Iterable[Path]) -> Fingerprints:
+    """Return what tells later whether files have changed, as plain JSON.
+
+    Parameters
+    ----------
+    paths
+        Of files; what is none (a folder, something that is not there) is left out. A choice of
+        structures as ASE reads it, ``name.xyz@:100``, stands for its file.
+    """
+    return {
+        str(path): {"stamp": _stamp(file), "sha256": file_sha256(file)}
+        for path in paths
+        if (file := _file_of(path)) is not None
+    }
+
+
+def changed_files(paths: Iterable[Path], known: Fingerprints) -> list[Path]:
+    """Return those paths whose files no longer hold what they held.
+
+    A file is read only if its size or times are others than before, so that large ones cost
+    nothing. One that is not there any more, or was not there before, is not among the changed.
+
+    Parameters
+    ----------
+    paths
+        As they were given to :func:`fingerprints`.
+    known
+        What that returned.
+    """
+    changed = []
+    for path in paths:
+        file, before = _file_of(path), known.get(str(path))
+        if file is None or before is None or _stamp(file) == before["stamp"]:
+            continue
+        if file.stat().st_size != before["stamp"][0] or file_sha256(file) != before["sha256"]:
+            changed.append(path)
+    return changed
+
+
+def _file_of(path: Path) -> Path | None:
+    without_choice = Path(str(path).rpartition("@")[0])
+    return next((file for file in (path, without_choice) if file.is_file()), None)
+
+
+def _stamp(file: Path) -> list[int]:
+    """Return size and times; the last one cannot be set back, as the time of writing can."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from orbcalc import files
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.folder import write_json
-from orbcalc.files import file_sha256, replace_file
+from orbcalc.files import changed_files, file_sha256, fingerprints, replace_file
 
 FULL_DISK = """
 import resource, signal, sys
@@ -162,3 +164,68 @@ def test_a_hash_does_not_depend_on_how_much_is_read_at_once(
     path.write_bytes(data)
     monkeypatch.setattr(files, "_CHUNK", 64)
     assert file_sha256(str(path)) == hashlib.sha256(data).hexdigest()
+
+
+# ------------------------------------------------------------------------ what has changed
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Two files."""
+    found = [tmp_path / "a.xyz", tmp_path / "b.xyz"]
+    for path in found:
+        path.write_text(f"content of {path.name}")
+    return found
+
+
+def test_a_changed_file_is_found(paths: list[Path]) -> None:
+    known = json.loads(json.dumps(fingerprints(paths)))
+    assert changed_files(paths, known) == []
+    paths[1].write_text("longer than it was before")
+    assert changed_files(paths, known) == [paths[1]]
+    paths[1].write_text("content of b.xyz")
+    assert changed_files(paths, known) == []
+
+
+def test_neither_size_nor_time_hides_a_change(paths: list[Path]) -> None:
+    before = paths[0].stat()
+    known = fingerprints(paths)
+    time.sleep(0.05)  # the clock of a file system is coarse
+    paths[0].write_text("CONTENT OF a.xyz")
+    os.utime(paths[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert paths[0].stat().st_size == before.st_size
+    assert changed_files(paths, known) == [paths[0]]
+
+
+def test_a_file_that_was_only_touched_or_copied_has_not_changed(paths: list[Path]) -> None:
+    known = fingerprints(paths)
+    os.utime(paths[0])
+    copy = paths[1].with_name("copy")
+    copy.write_bytes(paths[1].read_bytes())
+    copy.replace(paths[1])
+    assert changed_files(paths, known) == []
+
+
+def test_a_file_is_read_only_if_it_may_have_changed(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = fingerprints(paths)
+    with paths[1].open("a") as file:
+        file.write("more")
+    monkeypatch.setattr(files, "file_sha256", pytest.fail)
+    assert changed_files(paths, known) == [paths[1]]  # another size says enough
+
+
+def test_what_is_no_file_is_left_out(paths: list[Path], tmp_path: Path) -> None:
+    everything = [*paths, tmp_path, tmp_path / "later.xyz"]
+    known = fingerprints(everything)
+    assert list(known) == [str(path) for path in paths]
+    (tmp_path / "later.xyz").write_text("it is there now")
+    paths[0].unlink()
+    assert changed_files(everything, known) == []
+
+
+def test_a_choice_of_structures_stands_for_its_file(paths: list[Path]) -> None:
+    choice = Path(f"{paths[0]}@:10")
+    known = fingerprints([choice])
+    assert changed_files([choice], known) == []
+    paths[0].write_text("other")
+    assert changed_files([choice], known) == [choice]
