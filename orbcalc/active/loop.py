@@ -24,12 +24,11 @@ import orbcalc
 from orbcalc.active.certificate import Certificate, Look
 from orbcalc.active.executor import Executor, open_executor
 from orbcalc.active.folder import RunFolder, read_json
+from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.round import Notify, Round
 from orbcalc.config import RunConfig
 from orbcalc.files import replace_file
-from orbcalc.labels.reference import check_file_labels
 from orbcalc.labels.store import LabelStore
-from orbcalc.structures import read_structures
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -61,7 +60,8 @@ def run(
     Raises
     ------
     ConfigError
-        If the folder holds another run, or the configuration cannot work.
+        If the folder holds another run or one of files that have changed, or the configuration
+        cannot work.
     OrbcalcError
         If labels or models cannot be made at all; the folder stays resumable.
     """
@@ -72,16 +72,17 @@ def run(
         if done.certified or not _limits_were_raised(done, config, folder):
             return done
         folder.certificate.unlink()  # it speaks of an end that is none any more
-    if not folder.round(0).pool.exists():
-        check_file_labels(
-            read_structures(config.pool.structures) if config.pool.structures else [], config.labels
-        )
+    # Before any worker is started: they may be dear to get.
+    inputs = None if folder.round(0).pool.exists() else read_inputs(config, folder)
     with open_executor(config.dask, members=config.committee, client=client) as executor:
-        return ActiveLearning(config, folder, executor, notify).run()
+        return ActiveLearning(config, folder, executor, notify, inputs=inputs).run()
 
 
 class ActiveLearning:
-    """The loop on an executor; see the module for the anatomy of a round."""
+    """The loop on an executor; see the module for the anatomy of a round.
+
+    ``inputs`` are read when they are needed, unless they are given.
+    """
 
     def __init__(
         self,
@@ -89,10 +90,13 @@ class ActiveLearning:
         folder: RunFolder,
         executor: Executor,
         notify: Notify | None = None,
+        *,
+        inputs: Inputs | None = None,
     ) -> None:
         self.config, self.folder, self.executor = config, folder, executor
         self.notify: Notify = notify or (lambda record: None)
         self.store = LabelStore(folder.labels)
+        self._inputs = inputs
 
     def run(self) -> Certificate:
         """Do rounds until one of them ends the run."""
@@ -112,7 +116,8 @@ class ActiveLearning:
         this = Round(number, self.config, self.folder, self.store, self.executor, self.notify)
         if this.is_done:
             return None
-        pool = this.grow_pool()
+        pool = this.grow_pool(self._inputs)
+        self._inputs = None  # they are in the folder now
         selection = this.select(pool)
         look = None
         if number > 0:

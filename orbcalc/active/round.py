@@ -19,6 +19,7 @@ from orbcalc.active.folder import (
     write_json,
     write_structures,
 )
+from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.labelling import label_into_store
 from orbcalc.active.modelling import predict_pool, train_committee, write_training_set
 from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_walk
@@ -27,7 +28,7 @@ from orbcalc.config import MDConfig, RunConfig
 from orbcalc.errors import OrbcalcError
 from orbcalc.labels.label import Label, LabelStatus
 from orbcalc.labels.store import LabelStore
-from orbcalc.structures import read_structures, structure_key
+from orbcalc.structures import structure_key
 
 __all__ = ["Notify", "Round"]
 
@@ -78,32 +79,34 @@ class Round:
         return self.folder.round(self.number - 1).model.absolute() if self.number > 0 else None
 
     # ----------------------------------------------------------------------------- pool
-    def grow_pool(self) -> dict[str, Atoms]:
-        """Add structures of files and walkers; returns the pool by structure key."""
+    def grow_pool(self, inputs: Inputs | None = None) -> dict[str, Atoms]:
+        """Add structures of files and walkers; returns the pool by structure key.
+
+        Only the first round needs ``inputs``; it reads them if they are not given.
+        """
         if not self.files.pool.exists():
-            known = set(self.folder.pool(self.number))
-            fresh = {structure_key(atoms): atoms for atoms in self._candidates()}
+            known = self.folder.pool(self.number)
+            candidates = self._candidates(inputs, list(known.values()))
+            fresh = {structure_key(atoms): atoms for atoms in candidates}
             added = [_bare(atoms) for key, atoms in fresh.items() if key not in known]
             write_structures(self.files.pool, added)
             if added:
                 self._event("pool", added=len(added), pool=len(known) + len(added))
         return self.folder.pool(self.number + 1)
 
-    def _candidates(self) -> list[Atoms]:
-        source = self.config.pool
-        found = read_structures(source.structures) if self.number == 0 and source.structures else []
-        if source.md is not None and self.number < source.md.rounds:
-            found += self._walk(source.md)
+    def _candidates(self, inputs: Inputs | None, known: list[Atoms]) -> list[Atoms]:
+        md, found, starts = self.config.pool.md, list[Atoms](), known
+        if self.number == 0:
+            found, starts = inputs or read_inputs(self.config, self.folder)
+        if md is not None and self.number < md.rounds:
+            return found + self._walk(md, starts)
         return found
 
-    def _walk(self, md: MDConfig) -> list[Atoms]:
+    def _walk(self, md: MDConfig, starts: Sequence[Atoms]) -> list[Atoms]:
         """Let the walkers run; in the first round with the bootstrap method."""
-        source = self.config.pool
         rng = self._rng(_MD)
-        starts = read_structures(source.start or source.structures)
         if self.number > 0:  # spread out: start where earlier walkers have been
-            known = list(self.folder.pool(self.number).values())
-            starts = [known[i] for i in rng.permutation(len(known))[: md.walkers]]
+            starts = [starts[i] for i in rng.permutation(len(starts))[: md.walkers]]
         tasks = [
             WalkTask(
                 start=_bare(starts[walker % len(starts)]),

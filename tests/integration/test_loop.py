@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ase.db
+import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
@@ -238,6 +239,48 @@ def test_the_folder_of_another_run_is_refused(pool: Path, tmp_path: Path) -> Non
     RunFolder(config.output).prepare(config)
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
         run(run_config(pool, tmp_path / "run", seed=2))
+
+
+def test_the_files_of_the_pool_are_read_once(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = write_pool(tmp_path / "start.xyz", [molecule("H2O")])
+    read, paths = ase.io.read, list[Path]()
+
+    def watched(path: Any, *arguments: Any, **options: Any) -> Any:
+        paths.append(path)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr("ase.io.read", watched)
+    md = {"walkers": 1, "steps": 2, "every": 1}
+    for number, sources in enumerate(({}, {"md": md}, {"md": md, "start": str(start)})):
+        paths.clear()
+        config = run_config(pool, tmp_path / f"run{number}", pool=sources)
+        with pytest.raises(StopHereError):
+            run(config, client=client, notify=stop_at(event="selection"))
+        assert paths.count(pool) == 1
+        assert paths.count(start) == ("start" in sources)
+        pool_of_run = RunFolder(config.output).pool(1)
+        assert len(pool_of_run) == (32 if sources else 30)
+
+
+def test_a_run_with_a_changed_pool_is_refused(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(pool, tmp_path / "run")
+    with pytest.raises(StopHereError):
+        run(config, client=client, notify=stop_at(event="selection"))
+    before = pool.read_bytes()
+    write_pool(pool, waters(30, seed=9))
+    with monkeypatch.context() as patch:
+        patch.setattr("orbcalc.active.loop.open_executor", pytest.fail)
+        with pytest.raises(ConfigError, match=r"pool\.extxyz has changed since the run in"):
+            run(config)
+    pool.write_bytes(before)
+    with pytest.raises(StopHereError):
+        run(config, client=client, notify=stop_at(event="labelled"))
+    pool.unlink()  # it is in the run folder
+    assert run(config, client=client).reason == "max_rounds"
 
 
 def test_file_labels_are_counted_before_anything_starts(
