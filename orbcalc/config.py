@@ -187,6 +187,12 @@ class TrainConfig(StrictModel):
             raise ValueError("tasks.charges has weight, but potential.charge_head is none")
         return self
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        valid = self.valid if isinstance(self.valid, tuple) else ()
+        return (*self.train, *valid, *((self.start_from,) if self.start_from else ()))
+
 
 # -------------------------------------------------------------------------------- loop
 class MDConfig(StrictModel):
@@ -227,6 +233,11 @@ class PoolConfig(StrictModel):
         if self.md is not None and not (self.start or self.structures):
             raise ValueError("md needs starting structures: give `start` (or `structures`)")
         return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        return (*self.structures, *(self.start if self.md is not None else ()))
 
 
 class SelectionConfig(StrictModel):
@@ -273,7 +284,9 @@ class DaskConfig(StrictModel):
     model_workers: int | None = Field(
         default=None, ge=1, description="default: one per GPU, else as many as members, cores"
     )
-    retries: int = Field(default=2, ge=0, description="of tasks whose worker died")
+    retries: int = Field(
+        default=2, ge=0, description="of tasks that fail, unless the configuration is wrong"
+    )
     worker_timeout_s: float = Field(
         default=600.0, gt=0, description="how long a run waits while no worker could go on with it"
     )

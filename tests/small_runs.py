@@ -150,6 +150,15 @@ class FussyCalculator(Calculator):
         }
 
 
+class NeverMade(Calculator):
+    """A calculator whose arguments are wrong."""
+
+    def __init__(self, path: str) -> None:
+        with open(path, "a") as file:
+            file.write("x")
+        raise ValueError("wrong")
+
+
 # -------------------------------------------------------------------------- processes
 def start_cli(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     """Start the command in a process of its own."""
@@ -219,6 +228,14 @@ def square(number: int) -> int:
     if number < 0:
         raise ValueError(f"{number} is negative")
     return number * number
+
+
+def count_and_raise(task: tuple[str, type[Exception]]) -> None:
+    """Leave one more byte in a file, and fail."""
+    path, error = task
+    with open(path, "a") as file:
+        file.write("x")
+    raise error("it cannot work")
 
 
 def loaded_modules(_: object) -> tuple[int, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -57,8 +58,26 @@ def test_import_contracts_hold() -> None:
     assert "5 kept, 0 broken" in report
 
 
+def test_one_module_writes_files() -> None:
+    writing = re.compile(
+        r"""\.write_(text|bytes)\(|\.open\(["'][wx]|\bopen\([^)]*["'][wx]b?["']|\.tmp\b|"""
+        r"""os\.(replace|rename)\b|\.rename\(|shutil\.(copy|move)"""
+    )
+    found = {p.name for p in (ROOT / "orbcalc").rglob("*.py") if writing.search(p.read_text())}
+    assert found == {"files.py"}
+
+
 def test_the_top_module_loads_nothing() -> None:
     assert run(f"import orbcalc, sys; print({HEAVY} & set(sys.modules))") == "set()\n"
+
+
+def test_the_command_line_loads_nothing_before_it_knows_the_command() -> None:
+    assert run(f"import orbcalc.cli, sys; print({HEAVY} & set(sys.modules))") == "set()\n"
+
+
+def test_no_module_is_too_long_to_be_read() -> None:
+    lengths = {p: len(p.read_text().splitlines()) for p in (ROOT / "orbcalc").rglob("*.py")}
+    assert [path.name for path, length in lengths.items() if length > 450] == []
 
 
 @pytest.mark.parametrize("module", ["store", "xtb", "reference", "dft", "process", "worker"])
@@ -100,7 +119,7 @@ def test_importing_everything_leaves_the_process_alone() -> None:
 {STATE}
 import distributed, e3nn, e3nn.o3, tblite.interface, vesin, typer, rich.progress, rich.table
 import jinja2, matplotlib.pyplot, scipy.stats, scipy.special, pydantic, safetensors.torch
-import jaxtyping, tblite.ase
+import jaxtyping
 before = state()
 import importlib
 for module in {modules!r}:
@@ -109,3 +128,19 @@ after = state()
 print(len({modules!r}), [name for name in before if before[name] != after[name]])
 """
     assert run(code) == f"{len(modules)} []\n"
+
+
+def test_md_with_gfn1_leaves_the_process_alone() -> None:
+    code = f"""
+{STATE}
+import tblite.interface
+from ase.build import molecule
+from orbcalc.labels.xtb import make_ase_calculator
+before = state()
+atoms = molecule("H2O")
+atoms.calc = make_ase_calculator("GFN1-xTB", atoms)
+atoms.get_forces()
+after = state()
+print([name for name in before if before[name] != after[name]], "tblite.ase" in sys.modules)
+"""
+    assert run(code) == "[] False\n"

@@ -7,7 +7,6 @@ The bounds are in :mod:`orbcalc.active.bounds`, the accounting and its proof in
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from orbcalc.active.looks import (
 )
 from orbcalc.active.selection import as_count
 from orbcalc.errors import ConfigError
+from orbcalc.files import replace_file
 
 __all__ = [
     "Certificate",
@@ -162,13 +162,4 @@ class Certificate:
 
     def write(self, path: str | Path) -> None:
         """Write the JSON file at once or not at all; an older one is replaced."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, self.to_json() + "\n")

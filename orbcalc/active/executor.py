@@ -14,14 +14,22 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
+from uuid import uuid4
 
 from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
 from distributed.client import Future
 from distributed.core import Status
 
 from orbcalc.config import DaskConfig
-from orbcalc.errors import ConfigError, WorkersLostError
+from orbcalc.errors import (
+    ConfigError,
+    LabelConflictError,
+    MissingLabelError,
+    StructureError,
+    WorkersLostError,
+)
 
 __all__ = ["Executor", "TaskKind", "open_executor"]
 
@@ -31,6 +39,9 @@ TaskKind = Literal["label", "model"]
 Item = TypeVar("Item")
 
 _RESOURCES: dict[TaskKind, str] = {"label": "LABEL", "model": "MODEL"}
+
+#: Errors that would come again: a task that raises one is not tried again.
+_FINAL = (ConfigError, StructureError, MissingLabelError, LabelConflictError)
 
 #: How long a scheduler may take to answer.
 CONNECT_TIMEOUT_S = 30.0
@@ -47,7 +58,8 @@ class Executor:
     client
         Of any cluster.
     retries
-        How often a task whose worker died is tried again.
+        How often a task that raised an error is tried again, unless that error is one of the
+        configuration or the input. (How often one whose worker died is, Dask decides.)
     worker_timeout_s
         How long to wait, s, while no worker could run what is left to do.
     """
@@ -93,6 +105,7 @@ class Executor:
             If there has been no worker for the tasks for too long.
         """
         resources = self._resources(kind)
+        name = getattr(function, "func", function).__name__
         source = iter(items)
         running: dict[Future[Any], Item] = {}
         completed = as_completed([], loop=self.client.loop)
@@ -100,7 +113,11 @@ class Executor:
         def submit() -> bool:
             for item in source:
                 future = self.client.submit(
-                    function, item, pure=False, retries=self.retries, resources=resources
+                    partial(_attempt, function),
+                    item,
+                    key=f"{name}-{uuid4().hex}",  # Dask learns from the name how long tasks take
+                    retries=self.retries,
+                    resources=resources,
                 )
                 running[future] = item
                 completed.add(future)
@@ -278,6 +295,14 @@ def _gpu_names() -> list[str]:
         return [str(n) for n in range(len(os.listdir("/proc/driver/nvidia/gpus")))]
     except OSError:
         return []
+
+
+def _attempt(function: Callable[[Item], Any], item: Item) -> Any:
+    """Run a task on a worker; what Dask should not try again is its result."""
+    try:
+        return function(item)
+    except _FINAL as error:
+        return error
 
 
 def _outcome(future: Future[Any]) -> Any:

@@ -16,6 +16,7 @@ from ase import Atoms
 
 from orbcalc.config import RunConfig, dump_config, load_config
 from orbcalc.errors import ConfigError
+from orbcalc.files import changed_files, replace_file
 from orbcalc.structures import read_structures, structure_key
 
 __all__ = ["RoundFiles", "RunFolder"]
@@ -65,6 +66,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.inputs = self.path / "inputs.json"
         self.labels = self.path / "labels.db"
         self.model = self.path / "model.orbcalc"
         self.certificate = self.path / "certificate.json"
@@ -73,12 +75,12 @@ class RunFolder:
         self.report = self.path / "report.html"
 
     def prepare(self, config: RunConfig) -> None:
-        """Make the folder, or check that it belongs to this configuration.
+        """Make the folder, or check that it belongs to this configuration and its files.
 
         Raises
         ------
         ConfigError
-            If the folder holds a run of another configuration.
+            If the folder holds a run of another configuration, or of files that have changed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         text = dump_config(config)
@@ -91,6 +93,13 @@ class RunFolder:
                 )
         else:
             write_text(self.config_file, text)
+        known = read_json(self.inputs) if self.inputs.exists() else {}
+        changed = changed_files(config.pool.files, known)
+        if changed:
+            raise ConfigError(
+                f"{changed[0]} has changed since the run in {self.path} read it. Restore it to "
+                f"go on with that run, or choose another `output` for a run with the new file."
+            )
 
     def round(self, number: int) -> RoundFiles:
         """Return the files of a round."""
@@ -124,11 +133,9 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all; its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, text)
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:

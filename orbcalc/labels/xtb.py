@@ -9,6 +9,8 @@ in one process have disturbed each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -16,7 +18,13 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import CalculationFailed, InputError, SCFError
+from ase.calculators.calculator import (
+    CalculationFailed,
+    Calculator,
+    InputError,
+    SCFError,
+    all_changes,
+)
 from ase.data import atomic_numbers
 from ase.units import Bohr, Hartree, kB
 from jaxtyping import Float, Int
@@ -24,6 +32,7 @@ from jaxtyping import Float, Int
 from orbcalc.errors import LabelError, UnsupportedElementError
 from orbcalc.labels.label import Label, Provenance, Values, attempt
 from orbcalc.orbitals import Block, atomic_charges, encode_blocks, shell_table
+from orbcalc.properties import CHARGE_KEY, SPIN_KEY
 from orbcalc.structures import charge_and_multiplicity
 
 __all__ = [
@@ -119,12 +128,59 @@ def xtb_values(
     return _energy_and_derivatives(result, atoms, forces=forces, stress=stress)
 
 
-def make_ase_calculator(method: str, atoms: Atoms) -> Any:
-    """Return tblite's own ASE calculator for MD of one structure, with its charge and spin."""
-    from tblite.ase import TBLite
+def make_ase_calculator(method: str, atoms: Atoms) -> Calculator:
+    """Return an ASE calculator for MD of one structure, with its charge and spin.
 
-    charge, multiplicity = charge_and_multiplicity(atoms)
-    return TBLite(method=method, charge=charge, multiplicity=multiplicity, verbosity=0)
+    Charge and spin count as in labels; energies and forces are as accurate as MD needs them, and
+    a slab moves as a crystal of its cell.
+    """
+    return _TrajectoryCalculator(method, XTBSettings(accuracy=1.0), atoms)
+
+
+class _TrajectoryCalculator(Calculator):
+    """Energy, forces and stress along a trajectory: an SCF starts from the last one's density.
+
+    ``tblite.ase``, which does the same, adds itself to ASE's list of calculators when it is
+    imported.
+    """
+
+    implemented_properties = ["energy", "forces", "stress"]  # noqa: RUF012  (as ASE declares it)
+
+    def __init__(self, method: str, settings: XTBSettings, atoms: Atoms) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._method, self._settings = method, settings
+        self._info = {key: atoms.info[key] for key in (CHARGE_KEY, SPIN_KEY) if key in atoms.info}
+        self._tblite: Any = None
+        self._last: Any = None
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Run the SCF.
+
+        Raises
+        ------
+        UnsupportedElementError, ase.calculators.calculator.CalculatorError
+            As :func:`xtb_values`.
+        """
+        super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
+        structure: Any = self.atoms
+        calculator, self._tblite = self._tblite, None  # after a failure the next call starts afresh
+        with _ase_errors(self._method):
+            if calculator is None or {*system_changes} - {"positions", "cell"}:
+                structure.info = dict(self._info)
+                calculator, self._last = _prepare(self._method, structure, self._settings), None
+            else:
+                lattice = structure.cell.array / Bohr if structure.pbc.any() else None
+                calculator.update(structure.positions / Bohr, lattice)
+            self._last = calculator.singlepoint(self._last)
+        self._tblite = calculator
+        self.results = _energy_and_derivatives(
+            self._last, structure, forces=True, stress=bool(structure.pbc.all())
+        )
 
 
 @cache
@@ -185,25 +241,38 @@ def check_determinism() -> None:
 
 def _singlepoint(method: str, atoms: Atoms, settings: XTBSettings) -> tuple[Any, Any]:
     """Run tblite; return its calculator (for the maps) and its result (atomic units)."""
-    from tblite.exceptions import TBLiteRuntimeError
-
-    _check_elements(atoms.numbers)
     if atoms.pbc.any() and not atoms.pbc.all():
         # tblite takes such a cell for a three-dimensional crystal, without a word
         raise InputError(
             f"tblite computes molecules and three-dimensional crystals, got pbc = "
             f"{atoms.pbc.tolist()}. Set pbc=True in a cell with enough vacuum."
         )
+    with _ase_errors(method):
+        calculator = _prepare(method, atoms, settings)
+        calculator.set("save-integrals", 1)
+        return calculator, calculator.singlepoint()
+
+
+def _prepare(method: str, atoms: Atoms, settings: XTBSettings) -> Any:
+    """Make tblite's calculator of a structure with its charge and spin."""
+    _check_elements(atoms.numbers)
     charge, multiplicity = charge_and_multiplicity(atoms)
     # for tblite, 0 is the lowest number that the valence electrons allow
     n_unpaired = 0 if np.isin(atoms.numbers, OPEN_F_CORE).any() else multiplicity - 1
+    calculator = _calculator(method, atoms, charge, n_unpaired)
+    calculator.set("accuracy", settings.accuracy)
+    calculator.set("temperature", settings.electronic_temperature * kB / Hartree)
+    calculator.set("max-iter", settings.max_iterations)
+    return calculator
+
+
+@contextmanager
+def _ase_errors(method: str) -> Iterator[None]:
+    """Raise tblite's failures as those that ASE has for them."""
+    from tblite.exceptions import TBLiteRuntimeError
+
     try:
-        calculator = _calculator(method, atoms, charge, n_unpaired)
-        calculator.set("accuracy", settings.accuracy)
-        calculator.set("temperature", settings.electronic_temperature * kB / Hartree)
-        calculator.set("max-iter", settings.max_iterations)
-        calculator.set("save-integrals", 1)
-        return calculator, calculator.singlepoint()
+        yield
     except TBLiteRuntimeError as error:
         failure = SCFError if "not converged" in str(error) else CalculationFailed
         raise failure(f"{method}: {error}") from error
@@ -212,7 +281,7 @@ def _singlepoint(method: str, atoms: Atoms, settings: XTBSettings) -> tuple[Any,
 def _calculator(method: str, atoms: Atoms, charge: int, n_unpaired: int) -> Any:
     from tblite.interface import Calculator
 
-    periodic = atoms.pbc.all()
+    periodic = atoms.pbc.any()
     calculator = Calculator(
         method,
         atoms.numbers,

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +19,9 @@ import safetensors.torch
 from torch import Tensor
 
 from orbcalc.errors import CheckpointError
+from orbcalc.files import replace_file
 
-__all__ = ["file_sha256", "read_archive", "replace_file", "write_archive"]
+__all__ = ["read_archive", "write_archive"]
 
 _MANIFEST, _CONTENT, _TENSORS = "manifest.json", "content.json", "tensors.safetensors"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal contents give equal files
@@ -59,9 +58,9 @@ def write_archive(
         for name, data in {_MANIFEST: json.dumps(manifest, indent=1).encode(), **members}.items():
             archive.writestr(zipfile.ZipInfo(name, date_time=_EPOCH), data)
     try:
-        replace_file(Path(path), buffer.getvalue())
+        replace_file(path, buffer.getvalue())
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_archive(
@@ -93,24 +92,6 @@ def read_archive(
         ) from error
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"the tensors of {path} are damaged: {error}") from error
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place and move it there, so that readers see all of it or none."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:

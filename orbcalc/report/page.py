@@ -17,6 +17,7 @@ from jaxtyping import Float
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import orbcalc
+from orbcalc.files import replace_file
 from orbcalc.report import figures
 from orbcalc.report.facts import RoundFacts, RunFacts
 from orbcalc.report.style import png, svg
@@ -60,9 +61,7 @@ def draw_figures(run: RunFacts, folder: Path) -> dict[str, str]:
             continue
         encoded = base64.b64encode(svg(figure)).decode("ascii")
         images[name] = f"data:image/svg+xml;base64,{encoded}"
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(png(figure))
-        temporary.replace(path)
+        replace_file(path, png(figure))
     return images
 
 

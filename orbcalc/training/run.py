@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from ase import Atoms
 
 from orbcalc.config import TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, LabelConflictError
+from orbcalc.files import Fingerprints, changed_files, fingerprints, replace_file
 from orbcalc.labels.store import LabelStore, is_label_store
-from orbcalc.model.archive import replace_file
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
@@ -38,7 +38,18 @@ __all__ = ["finish_training", "load_labelled", "model_errors", "split", "train",
 
 logger = logging.getLogger(__name__)
 
+#: Beside the members: fingerprints of the files that they are trained on.
+_INPUTS = "inputs.json"
+
 MemberReport = Callable[[Mapping[str, Any]], None]
+
+
+class LabelledSets(NamedTuple):
+    """What a configuration trains on, and the content of the files that it comes from."""
+
+    train: list[Atoms]
+    valid: list[Atoms]
+    files: Fingerprints
 
 
 def train(config: TrainConfig, report: MemberReport | None = None) -> Committee:
@@ -64,11 +75,13 @@ def train(config: TrainConfig, report: MemberReport | None = None) -> Committee:
         If a task with weight has no labels.
     LabelConflictError
         If labels of different methods or versions are mixed.
+    CheckpointError
+        If the unfinished training was of another configuration, or of files that have changed.
     """
-    structures = _split_structures(config)
+    sets = _read_sets(config)
     for member in range(config.committee):
-        train_member(config, member, report, structures=structures)
-    return finish_training(config, structures=structures)
+        train_member(config, member, report, sets=sets)
+    return finish_training(config, sets=sets)
 
 
 def train_member(
@@ -76,15 +89,22 @@ def train_member(
     member: int,
     report: MemberReport | None = None,
     *,
-    structures: tuple[list[Atoms], list[Atoms]] | None = None,
+    sets: LabelledSets | None = None,
 ) -> Path:
-    """Train one member to its end; returns the file that holds it."""
+    """Train one member to its end; returns the file that holds it.
+
+    Raises
+    ------
+    CheckpointError
+        If another configuration, or other content of its files, was begun to be trained here.
+    """
     finished = _member_path(config, member)
     finished.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_other_run(config, finished.parent / "config.json")
+    _refuse_other_run(config, finished.parent)
     if finished.exists():
         return finished
-    train_set, valid_set = _datasets(config, structures)
+    sets = sets or _read_sets(config)
+    train_set, valid_set = _datasets(config, sets)
     seed = int(np.random.SeedSequence([config.seed, member]).generate_state(1)[0])
     state_path = finished.with_suffix(".state")
     trainer = Trainer(
@@ -95,6 +115,9 @@ def train_member(
         state_path=state_path,
         report=None if report is None else lambda record: report({"member": member, **record}),
     )
+    inputs = finished.with_name(_INPUTS)
+    if not inputs.exists():  # not before it is known that they can be trained on
+        replace_file(inputs, json.dumps(sets.files))
     potential = trainer.fit(lambda: _initial(config, member, seed, train_set))
     save_model(finished, Committee([potential]))
     state_path.unlink(missing_ok=True)
@@ -105,7 +128,7 @@ def finish_training(
     config: TrainConfig,
     metadata: Mapping[str, Any] | None = None,
     *,
-    structures: tuple[list[Atoms], list[Atoms]] | None = None,
+    sets: LabelledSets | None = None,
 ) -> Committee:
     """Join the trained members, calibrate them, and write the model file."""
     device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
@@ -113,19 +136,19 @@ def finish_training(
     for number in range(config.committee):
         member, _ = load_model(_member_path(config, number), device=device, dtype=dtype)
         members.append(member.first)
-    structures = structures or _split_structures(config)
-    _, valid_set = _datasets(config, structures)
+    sets = sets or _read_sets(config)
+    _, valid_set = _datasets(config, sets)
     committee = calibrate(Committee(members), valid_set)
     save_model(
         config.output,
         committee,
         {
             "config": config.model_dump(mode="json"),
-            "labels": _methods(structures[0] + structures[1]),
+            "labels": _methods(sets.train + sets.valid),
             "training_set": {
-                "sha256": _content_hash(structures[0]),
-                "n_train": len(structures[0]),
-                "n_valid": len(structures[1]),
+                "sha256": _content_hash(sets.train),
+                "n_train": len(sets.train),
+                "n_valid": len(sets.valid),
             },
             "valid_errors": model_errors(committee, valid_set, active_properties(config.tasks)),
             **(metadata or {}),
@@ -179,21 +202,19 @@ def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Ato
     return train_set, [structures[i] for i in sorted(held_out)]
 
 
-def _split_structures(config: TrainConfig) -> tuple[list[Atoms], list[Atoms]]:
+def _read_sets(config: TrainConfig) -> LabelledSets:
+    files = fingerprints(config.files)  # before they are read: whatever changes later has changed
     structures = load_labelled(config.train)
     if isinstance(config.valid, float):
-        return split(structures, config.valid, config.seed)
+        return LabelledSets(*split(structures, config.valid, config.seed), files)
     valid = load_labelled(config.valid)
     _methods(structures + valid)
-    return structures, valid
+    return LabelledSets(structures, valid, files)
 
 
-def _datasets(
-    config: TrainConfig, structures: tuple[list[Atoms], list[Atoms]] | None
-) -> tuple[LabelDataset, LabelDataset]:
-    train_set, valid_set = structures or _split_structures(config)
+def _datasets(config: TrainConfig, sets: LabelledSets) -> tuple[LabelDataset, LabelDataset]:
     cutoff = config.potential.cutoff
-    return LabelDataset(train_set, cutoff), LabelDataset(valid_set, cutoff)
+    return LabelDataset(sets.train, cutoff), LabelDataset(sets.valid, cutoff)
 
 
 def _initial(config: TrainConfig, member: int, seed: int, train_set: LabelDataset) -> Potential:
@@ -221,15 +242,22 @@ def _member_path(config: TrainConfig, member: int) -> Path:
     return folder / f"member_{member}.orbcalc"
 
 
-def _refuse_other_run(config: TrainConfig, path: Path) -> None:
+def _refuse_other_run(config: TrainConfig, folder: Path) -> None:
     """Write down what is trained here, and refuse to go on with something else."""
-    text = config.model_dump_json()
+    path, inputs, text = folder / "config.json", folder / _INPUTS, config.model_dump_json()
     if path.exists() and path.read_bytes() != text.encode():
         raise CheckpointError(
-            f"{path.parent} holds an unfinished training of another configuration. "
+            f"{folder} holds an unfinished training of another configuration. "
             f"Restore that configuration to go on, or delete the folder."
         )
-    replace_file(path, text.encode())  # members in other processes read it too
+    known = json.loads(inputs.read_bytes()) if inputs.exists() else {}
+    changed = changed_files(config.files, known)
+    if changed:
+        raise CheckpointError(
+            f"{changed[0]} has changed since the unfinished training in {folder} read it. "
+            f"Restore that file to go on, or delete the folder."
+        )
+    replace_file(path, text)  # members in other processes read it too
 
 
 def _methods(structures: list[Atoms]) -> dict[str, str]:

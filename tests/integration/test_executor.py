@@ -9,13 +9,22 @@ from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster
-from small_runs import die_always, die_once, loaded_modules, mark_and_nap, nap, square
+from small_runs import (
+    count_and_raise,
+    die_always,
+    die_once,
+    loaded_modules,
+    mark_and_nap,
+    nap,
+    square,
+    waters,
+)
 
 from orbcalc.active import executor as executor_module
 from orbcalc.active.executor import Executor, open_executor
 from orbcalc.active.labelling import label_into_store
-from orbcalc.config import DaskConfig, LabelConfig
-from orbcalc.errors import WorkersLostError
+from orbcalc.config import DaskConfig, LabelConfig, ReferenceConfig
+from orbcalc.errors import ConfigError, LabelError, StructureError, WorkersLostError
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.structures import structure_key
@@ -30,6 +39,31 @@ def test_what_a_task_raises_is_its_outcome(executor: Executor) -> None:
     assert outcomes[2] == 4
     assert isinstance(outcomes[-3], ValueError)
     assert str(outcomes[-3]) == "-3 is negative"
+
+
+@pytest.mark.parametrize(
+    ("error", "n_times"),
+    [(ConfigError, 1), (StructureError, 1), (LabelError, 3), (OSError, 3)],
+)
+def test_what_would_fail_again_is_not_tried_again(
+    executor: Executor, tmp_path: Path, error: type[Exception], n_times: int
+) -> None:
+    path = tmp_path / "calls"
+    ((_, outcome),) = executor.map(count_and_raise, [(str(path), error)], "label")
+    assert type(outcome) is error
+    assert str(outcome) == "it cannot work"
+    assert len(path.read_text()) == n_times
+
+
+def test_a_calculator_that_cannot_be_made_is_tried_once(executor: Executor, tmp_path: Path) -> None:
+    path = tmp_path / "calls"
+    reference = ReferenceConfig(calculator="small_runs:NeverMade", arguments={"path": str(path)})
+    store = LabelStore(tmp_path / "labels.db")
+    with pytest.raises(ConfigError, match=r"NeverMade.* cannot be made: ValueError: wrong"):
+        label_into_store(
+            executor, waters(1), LabelConfig(reference=reference, charges=False), store
+        )
+    assert len(path.read_text()) == 1
 
 
 def test_items_are_drawn_as_workers_become_free(executor: Executor) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ase.db
+import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
@@ -19,7 +20,9 @@ from small_runs import run_config, waters, write_pool
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, read_json, read_jsonl, write_structures
-from orbcalc.active.loop import _BATCH, ActiveLearning, _held_out, run
+from orbcalc.active.loop import run
+from orbcalc.active.modelling import _held_out
+from orbcalc.active.round import _BATCH, Round
 from orbcalc.active.selection import draw_audit
 from orbcalc.config import RunConfig, StopConfig
 from orbcalc.errors import ConfigError, MissingLabelError
@@ -128,9 +131,12 @@ def test_a_certified_run_ends_and_stays_ended(
     client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(pool, tmp_path / "run", certificate=FORGIVING)
-    certificate = run(config, client=client)
+    seen: list[Mapping[str, Any]] = []
+    certificate = run(config, client=client, notify=seen.append)
     assert certificate.certified
     assert certificate.reason == "certified"
+    trained = [record for record in seen if record["event"] == "training"]
+    assert len(trained) == len(read_jsonl(config.output / "metrics.jsonl")) == 2 * 2
     before = {p: p.stat().st_mtime_ns for p in config.output.rglob("*")}
     monkeypatch.setattr("orbcalc.active.loop.open_executor", pytest.fail)
     assert run(raised(config, max_rounds=9)) == certificate
@@ -235,6 +241,48 @@ def test_the_folder_of_another_run_is_refused(pool: Path, tmp_path: Path) -> Non
         run(run_config(pool, tmp_path / "run", seed=2))
 
 
+def test_the_files_of_the_pool_are_read_once(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = write_pool(tmp_path / "start.xyz", [molecule("H2O")])
+    read, paths = ase.io.read, list[Path]()
+
+    def watched(path: Any, *arguments: Any, **options: Any) -> Any:
+        paths.append(path)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr("ase.io.read", watched)
+    md = {"walkers": 1, "steps": 2, "every": 1}
+    for number, sources in enumerate(({}, {"md": md}, {"md": md, "start": str(start)})):
+        paths.clear()
+        config = run_config(pool, tmp_path / f"run{number}", pool=sources)
+        with pytest.raises(StopHereError):
+            run(config, client=client, notify=stop_at(event="selection"))
+        assert paths.count(pool) == 1
+        assert paths.count(start) == ("start" in sources)
+        pool_of_run = RunFolder(config.output).pool(1)
+        assert len(pool_of_run) == (32 if sources else 30)
+
+
+def test_a_run_with_a_changed_pool_is_refused(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(pool, tmp_path / "run")
+    with pytest.raises(StopHereError):
+        run(config, client=client, notify=stop_at(event="selection"))
+    before = pool.read_bytes()
+    write_pool(pool, waters(30, seed=9))
+    with monkeypatch.context() as patch:
+        patch.setattr("orbcalc.active.loop.open_executor", pytest.fail)
+        with pytest.raises(ConfigError, match=r"pool\.extxyz has changed since the run in"):
+            run(config)
+    pool.write_bytes(before)
+    with pytest.raises(StopHereError):
+        run(config, client=client, notify=stop_at(event="labelled"))
+    pool.unlink()  # it is in the run folder
+    assert run(config, client=client).reason == "max_rounds"
+
+
 def test_file_labels_are_counted_before_anything_starts(
     labelled_waters: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,17 +357,15 @@ def test_an_element_that_no_model_knows_yet_is_the_hardest_and_a_miss(
     assert (before.first.elements, after.first.elements) == ((1, 8), (1, 7, 8))
 
 
-class OneIsNaN(ActiveLearning):
-    """A loop whose model has no number for the first structure, and none at all for the second."""
-
-    def _predict(self, number: int, structures: Any) -> list[dict[str, Any]]:
-        good = {"energy": -1.0, "uncertainty": 0.1, "features": np.zeros(4)}
-        bad = {"energy": np.nan, "uncertainty": np.nan, "features": np.full(4, np.nan)}
-        return [bad, {}, *({**good} for _ in structures[2:])]
+def no_numbers_for_two(executor: Executor, model: Path, structures: Any) -> list[dict[str, Any]]:
+    """Predict NaN for the first structure, and nothing at all for the second."""
+    good = {"energy": -1.0, "uncertainty": 0.1, "features": np.zeros(4)}
+    bad = {"energy": np.nan, "uncertainty": np.nan, "features": np.full(4, np.nan)}
+    return [bad, {}, *({**good} for _ in structures[2:])]
 
 
 def test_nan_predictions_are_the_hardest_and_never_hits(
-    executor: Executor, pool: Path, tmp_path: Path
+    executor: Executor, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(
         pool, tmp_path / "run", selection={"audit": 28, "batch": 2}, certificate=FORGIVING
@@ -327,21 +373,22 @@ def test_nan_predictions_are_the_hardest_and_never_hits(
     folder = RunFolder(config.output)
     folder.prepare(config)
     write_structures(folder.round(0).pool, read_structures(pool))
-    loop = OneIsNaN(config, folder, executor)
+    monkeypatch.setattr("orbcalc.active.round.predict_pool", no_numbers_for_two)
+    second = Round(1, config, folder, LabelStore(folder.labels), executor, lambda record: None)
     structures = folder.pool(1)
-    selection = loop._select(1, folder.round(1), structures)
+    selection = second.select(structures)
     unpredicted = list(structures)[:2]
     assert not set(unpredicted) & set(selection["predictions"])
     assert json.loads(folder.round(1).selection.read_text()) == selection
     others = [k for k in structures if k not in unpredicted][:3]
     rigged = {"audit": [*unpredicted, *others], "batch": [], "predictions": {}}
-    loop._label(1, "audit", [structures[key] for key in rigged["audit"]])
+    second.label("audit", [structures[key] for key in rigged["audit"]])
     rigged["predictions"] = {
         key: {"energy": float(label.values["energy"]), "uncertainty": 0.1}
         for key in others
-        if (label := loop.store.get(key, "reference"))
+        if (label := second.store.get(key, "reference"))
     }
-    look = loop._look(1, rigged, structures)
+    look = second.look(rigged, structures)
     assert (look.n_audit, look.n_audit_misses, look.n_audit_failed) == (5, 2, 0)
 
 

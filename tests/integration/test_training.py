@@ -22,6 +22,7 @@ from orbcalc.errors import (
     MissingLabelError,
 )
 from orbcalc.graph import AtomGraph
+from orbcalc.labels.label import Kind
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee
@@ -95,6 +96,76 @@ def test_another_configuration_does_not_go_on_with_these_members(
     for member in (0, 1):  # finished and not begun
         with pytest.raises(CheckpointError, match="unfinished training of another configuration"):
             train_member(other, member)
+
+
+def test_an_unfinished_training_does_not_go_on_with_changed_files(
+    labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    paths = {
+        name: write_pool(tmp_path / f"{name}.extxyz", part)
+        for name, part in (("train", labelled_waters[:20]), ("valid", labelled_waters[20:]))
+    }
+    config = train_config(paths["train"], tmp_path / "a.orbcalc", valid=str(paths["valid"]))
+    with pytest.raises(KillError):
+        train(config, interrupt_at(10))
+    for path in paths.values():
+        before = path.read_bytes()
+        write_pool(path, labelled_waters[1:5])
+        for call in (train, lambda config: train_member(config, 0)):
+            with pytest.raises(CheckpointError, match=rf"{path.name} has changed since the unfin"):
+                call(config)
+        path.write_bytes(before)
+    assert train(config)
+
+
+def test_a_model_to_start_from_is_one_of_the_files(labelled_file: Path, tmp_path: Path) -> None:
+    first = train_config(labelled_file, tmp_path / "first.orbcalc")
+    train(first)
+    config = train_config(
+        labelled_file, tmp_path / "a.orbcalc", start_from=str(first.output), committee=1
+    )
+    with pytest.raises(KillError):
+        train(config, interrupt_at(10))
+    train(train_config(labelled_file, first.output, seed=5))
+    with pytest.raises(CheckpointError, match=r"first\.orbcalc has changed since"):
+        train(config)
+
+
+@pytest.mark.parametrize("suffix", [".db", ".aselmdb"])
+def test_a_label_store_changes_only_if_labels_are_added(
+    label_store: Path, labelled_waters: list[Atoms], tmp_path: Path, suffix: str
+) -> None:
+    source, path = LabelStore(label_store), tmp_path / f"labels{suffix}"
+    store = LabelStore(path)
+
+    def add(structures: list[Atoms]) -> None:
+        kinds: tuple[Kind, ...] = ("charges", "reference")
+        keys = [structure_key(atoms) for atoms in structures]
+        labels = [[x for kind in kinds if (x := source.get(key, kind))] for key in keys]
+        store.add_many(zip(structures, labels, strict=True))
+
+    add(labelled_waters[:25])
+    config = train_config(path, tmp_path / "a.orbcalc")
+    with pytest.raises(KillError):
+        train(config, interrupt_at(10))
+    add(labelled_waters[:5])
+    assert len(LabelStore(path).labelled_atoms()) == 25
+    with pytest.raises(KillError):
+        train(config, interrupt_at(20))
+    add(labelled_waters[25:])
+    with pytest.raises(CheckpointError, match=rf"labels\{suffix} has changed since"):
+        train(config)
+
+
+def test_labels_that_were_missing_may_be_added(
+    labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    path = write_pool(tmp_path / "x.extxyz", stripped(labelled_waters, REF_FORCES))
+    config = train_config(path, tmp_path / "a.orbcalc")
+    with pytest.raises(MissingLabelError):
+        train(config)
+    write_pool(path, labelled_waters)
+    assert train(config)
 
 
 def test_a_damaged_state_is_refused(labelled_file: Path, tmp_path: Path) -> None:

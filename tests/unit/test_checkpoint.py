@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orbcalc.errors import CheckpointError
-from orbcalc.model.archive import file_sha256, read_archive, write_archive
+from orbcalc.files import file_sha256
+from orbcalc.model.archive import read_archive, write_archive
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Calibration, Committee
 from orbcalc.testing import predicted
@@ -404,7 +405,7 @@ def fail(code):
 
 @pytest.mark.parametrize(
     ("target", "code"),
-    [("os.fsync", errno.ENOSPC), ("pathlib.Path.replace", errno.EACCES), ("os.fsync", errno.EIO)],
+    [("os.fsync", errno.ENOSPC), ("os.replace", errno.EACCES), ("os.fsync", errno.EIO)],
 )
 def test_a_failed_write_leaves_the_old_file(model, good_file, tmp_path, monkeypatch, target, code):
     path = tmp_path / "model.orbcalc"

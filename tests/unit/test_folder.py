@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_runs import write_pool
 from structures import ethanol, water
 
 from orbcalc.active.folder import (
@@ -17,8 +18,19 @@ from orbcalc.active.folder import (
     write_structures,
     write_text,
 )
-from orbcalc.config import DaskConfig, PoolConfig, RunConfig, StopConfig, load_config
-from orbcalc.errors import ConfigError
+from orbcalc.active.inputs import read_inputs
+from orbcalc.config import (
+    DaskConfig,
+    LabelConfig,
+    MDConfig,
+    PoolConfig,
+    ReferenceConfig,
+    RunConfig,
+    StopConfig,
+    TaskWeights,
+    load_config,
+)
+from orbcalc.errors import ConfigError, MissingLabelError
 from orbcalc.structures import structure_key
 
 
@@ -55,6 +67,48 @@ def test_another_run_is_refused(config: RunConfig, change: dict[str, object]) ->
     RunFolder(config.output).prepare(config)
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
         RunFolder(config.output).prepare(config.model_copy(update=change))
+
+
+@pytest.mark.parametrize("name", ["pool.xyz", "start.xyz"])
+def test_a_run_does_not_go_on_with_a_changed_file(tmp_path: Path, name: str) -> None:
+    paths = {name: write_pool(tmp_path / name, [water()]) for name in ("pool.xyz", "start.xyz")}
+    pool = PoolConfig(structures=(paths["pool.xyz"],), start=(paths["start.xyz"],), md=MDConfig())
+    config = RunConfig(output=tmp_path / "run", pool=pool)
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    assert [len(part) for part in read_inputs(config, folder)] == [1, 1]
+    folder.prepare(config)
+    write_pool(paths[name], [ethanol()])
+    with pytest.raises(ConfigError, match=rf"{name} has changed since the run in .*run read it\."):
+        folder.prepare(config)
+    write_pool(paths[name], [water()])
+    folder.prepare(config)
+    paths[name].unlink()  # the run has its own copy
+    folder.prepare(config)
+
+
+def test_files_that_no_run_could_begin_with_may_be_corrected(tmp_path: Path) -> None:
+    path = write_pool(tmp_path / "pool.xyz", [water()])
+    labels = LabelConfig(reference=ReferenceConfig(calculator="file"), forces=False)
+    pool, tasks = PoolConfig(structures=(path,)), TaskWeights(forces=0)
+    config = RunConfig(output=tmp_path / "run", pool=pool, labels=labels, tasks=tasks)
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    with pytest.raises(MissingLabelError):
+        read_inputs(config, folder)
+    labelled = water()
+    labelled.info["REF_energy"] = -1.0
+    write_pool(path, [labelled])
+    folder.prepare(config)
+    assert len(read_inputs(config, folder).pool) == 1
+
+
+def test_a_folder_from_before_files_were_remembered_goes_on(config: RunConfig) -> None:
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    write_pool(config.pool.structures[0], [water()])
+    assert not folder.inputs.exists()
+    folder.prepare(config)
 
 
 def test_the_pool_grows_in_order_and_without_duplicates(config: RunConfig) -> None:

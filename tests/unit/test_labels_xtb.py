@@ -7,6 +7,7 @@ import pytest
 import structures
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.calculator import CalculationFailed
 from ase.units import Bohr, Hartree
 from structures import e3nn_representation, random_rotation
 
@@ -18,11 +19,13 @@ from orbcalc.labels.xtb import (
     XTBSettings,
     check_determinism,
     element_shells,
+    make_ase_calculator,
     reference_occupations,
     xtb_values,
 )
 from orbcalc.orbitals import atomic_charges, shell_charges, shell_slots, shells_from_table
 from orbcalc.properties import BLOCK_IRREPS
+from orbcalc.structures import charge_and_multiplicity
 
 MOLECULES = [
     structures.water,
@@ -254,3 +257,85 @@ def test_missing_tblite_names_the_package(monkeypatch):
     monkeypatch.setattr(xtb.metadata, "version", missing)
     with pytest.raises(LabelError, match="pip install tblite"):
         OrbitalChargeLabeler()
+
+
+# ----------------------------------------------------------------------------- for MD
+def charged(make, **info):
+    atoms = make()
+    atoms.info.update(info)
+    return atoms
+
+
+MOVING = {
+    "molecule": charged(structures.ethanol),
+    "radical cation": charged(structures.water, charge=1, spin=2),
+    "triplet": charged(structures.oxygen),
+    "crystal": charged(structures.ice_cell),
+    "slab": charged(structures.salt_slab),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_md_sees_the_surface_of_tblites_own_calculator(name):
+    from tblite.ase import TBLite
+
+    atoms = MOVING[name].copy()
+    charge, multiplicity = charge_and_multiplicity(atoms)
+    own, theirs = atoms.copy(), atoms.copy()
+    own.calc = make_ase_calculator("GFN1-xTB", atoms)
+    theirs.calc = TBLite(method="GFN1-xTB", charge=charge, multiplicity=multiplicity, verbosity=0)
+    for seed in range(3):
+        for moving in (own, theirs):
+            moving.rattle(0.02, seed=seed)
+            if atoms.pbc.any():
+                moving.set_cell(moving.cell.array * 1.01, scale_atoms=True)
+        assert own.get_potential_energy() == pytest.approx(theirs.get_potential_energy(), abs=1e-7)
+        np.testing.assert_allclose(own.get_forces(), theirs.get_forces(), atol=1e-6)
+        if atoms.pbc.all():
+            np.testing.assert_allclose(own.get_stress(), theirs.get_stress(), atol=1e-8)
+
+
+def test_md_and_labels_agree_about_f_electrons():
+    """Without the rule there would be six electrons too many in the valence shell."""
+    atoms = Atoms("EuF3", [[0, 0, 0], [2.0, 0, 0], [-1, 1.7, 0], [-1, -1.7, 0]], info={"spin": 7})
+    expected = xtb_values("GFN1-xTB", atoms, XTBSettings(), forces=True, stress=False)
+    atoms.calc = make_ase_calculator("GFN1-xTB", atoms)
+    assert atoms.get_potential_energy() == pytest.approx(expected["energy"], abs=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), expected["forces"], atol=1e-3)
+
+
+def test_md_goes_on_from_the_last_density(monkeypatch):
+    from tblite.interface import Calculator
+
+    starts = []
+    singlepoint = Calculator.singlepoint
+
+    def watched(self, result=None, copy=False):
+        starts.append(result is not None)
+        return singlepoint(self, result, copy)
+
+    monkeypatch.setattr(Calculator, "singlepoint", watched)
+    atoms = structures.water()
+    atoms.calc = make_ase_calculator("GFN1-xTB", atoms)
+    for _ in range(2):
+        atoms.get_forces()
+        atoms.get_potential_energy()
+        atoms.positions[0, 0] += 0.01
+    atoms.numbers[0] = 16
+    atoms.get_forces()
+    assert starts == [False, True, False]
+
+
+def test_md_recovers_from_a_structure_that_fails():
+    atoms = structures.water()
+    atoms.calc = make_ase_calculator("GFN1-xTB", atoms)
+    before, positions = atoms.get_potential_energy(), atoms.positions.copy()
+    for _ in range(2):
+        atoms.positions[2] = atoms.positions[1]
+        with pytest.raises(CalculationFailed, match="GFN1-xTB: "):
+            atoms.get_forces()
+    atoms.positions = positions
+    assert atoms.get_potential_energy() == pytest.approx(before, abs=1e-9)
+    atoms.symbols[0] = "Fr"
+    with pytest.raises(UnsupportedElementError):
+        atoms.get_forces()

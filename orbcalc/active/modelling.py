@@ -1,0 +1,204 @@
+"""Committees through an executor: trained on what is labelled, asked about what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from orbcalc.active.executor import Executor
+from orbcalc.active.folder import RoundFiles, append_json, write_structures, write_text
+from orbcalc.config import RunConfig, TrainConfig, dump_config, load_config
+from orbcalc.errors import ConfigError, OrbcalcError
+from orbcalc.structures import hold_out, structure_key
+
+__all__ = ["predict_pool", "train_committee", "write_training_set"]
+
+#: Structures that a worker predicts in one task.
+CHUNK = 256
+
+TrainTask = tuple[str, int, str, int]
+
+
+# ---------------------------------------------------------------------------- training
+def write_training_set(
+    files: RoundFiles,
+    labelled: Sequence[Atoms],
+    config: RunConfig,
+    *,
+    seed: int,
+    start_from: Path | None,
+) -> None:
+    """Divide labelled structures and write them with the configuration of their training.
+
+    Parameters
+    ----------
+    files
+        Of the round that the committee belongs to.
+    labelled
+        Structures with their labels.
+    config
+        Of the run.
+    seed
+        Of the training.
+    start_from
+        Model whose weights to begin with.
+
+    Raises
+    ------
+    ConfigError
+        If they are too few.
+    """
+    held_out = _held_out(labelled, config.selection.valid_fraction)
+    train_file, valid_file = files.folder / "train.extxyz", files.folder / "valid.extxyz"
+    write_structures(train_file, [a for a, out in zip(labelled, held_out, strict=True) if not out])
+    write_structures(valid_file, [a for a, out in zip(labelled, held_out, strict=True) if out])
+    training = TrainConfig(
+        train=(train_file.absolute(),),
+        valid=(valid_file.absolute(),),
+        output=files.model.absolute(),
+        seed=seed,
+        committee=config.committee,
+        device=config.device,
+        potential=config.potential,
+        tasks=config.tasks,
+        optimizer=config.optimizer,
+        start_from=start_from,
+    )
+    write_text(files.train, dump_config(training))
+
+
+def train_committee(
+    executor: Executor,
+    config_file: Path,
+    metrics: Path,
+    number: int,
+    on_wait: Callable[[], None],
+) -> dict[str, Any]:
+    """Train the members on the model workers, then join them.
+
+    Parameters
+    ----------
+    executor
+        Its model workers are used.
+    config_file
+        Configuration of the training.
+    metrics
+        Log that the members append to.
+    number
+        Of the round, noted with the metrics.
+    on_wait
+        Called while the members are trained.
+
+    Returns
+    -------
+    dict
+        Errors of the committee on the structures held out, ``n_train`` and ``n_valid``.
+
+    Raises
+    ------
+    OrbcalcError
+        If a member cannot be trained.
+    """
+    path = str(config_file.absolute())
+    tasks: list[TrainTask] = [
+        (path, member, str(metrics.absolute()), number)
+        for member in range(load_config(path, TrainConfig).committee)
+    ]
+    for task, outcome in executor.map(train_on_worker, tasks, "model", on_wait=on_wait):
+        if isinstance(outcome, Exception):
+            raise OrbcalcError(f"training of member {task[1]} failed: {outcome!r}") from outcome
+    ((_, joined),) = executor.map(finish_on_worker, [path], "model")
+    if isinstance(joined, Exception):
+        raise OrbcalcError(f"the committee could not be made: {joined!r}") from joined
+    found: dict[str, Any] = joined
+    return found
+
+
+def train_on_worker(task: TrainTask) -> str:
+    """Train one member on a model worker."""
+    from orbcalc.training.run import train_member
+
+    config_path, member, metrics, number = task
+    config = load_config(config_path, TrainConfig)
+    path = train_member(
+        config,
+        member,
+        report=lambda record: append_json(Path(metrics), {"round": number, **record}),
+    )
+    return str(path)
+
+
+def finish_on_worker(config_path: str) -> dict[str, Any]:
+    """Join the members of a committee on a model worker."""
+    from orbcalc.model.checkpoint import load_model
+    from orbcalc.training.run import finish_training
+
+    config = load_config(config_path, TrainConfig)
+    if not config.output.exists():  # else the worker died after it had written the model
+        finish_training(config)
+    _, metadata = load_model(config.output)
+    found: dict[str, Any] = {
+        "errors": metadata["valid_errors"],
+        "n_train": metadata["training_set"]["n_train"],
+        "n_valid": metadata["training_set"]["n_valid"],
+    }
+    return found
+
+
+def _held_out(structures: Sequence[Atoms], fraction: float) -> list[bool]:
+    """Choose validation structures by their content hash, so that the choice rarely changes."""
+    scores = [int(structure_key(atoms)[-12:], 16) / 16**12 for atoms in structures]
+    size = sum(score < fraction for score in scores)
+    order = np.argsort(scores).tolist()
+    chosen = set(hold_out(structures, order, min(max(size, 1), max(len(structures) // 2, 1))))
+    if not chosen:
+        raise ConfigError(
+            f"{len(structures)} labelled structure(s) are too few to train on: none can be held "
+            f"out for validation. Raise selection.initial, or look at the failed labels."
+        )
+    return [index in chosen for index in range(len(structures))]
+
+
+# -------------------------------------------------------------------------- prediction
+def predict_pool(
+    executor: Executor, model: Path, structures: Sequence[Atoms]
+) -> list[dict[str, Any]]:
+    """Predict energy, uncertainty per atom and features; empty where that is impossible.
+
+    Raises
+    ------
+    OrbcalcError
+        If the model cannot predict at all.
+    """
+    chunks = [
+        (start, list(structures[start : start + CHUNK]))
+        for start in range(0, len(structures), CHUNK)
+    ]
+    predictions: list[dict[str, Any]] = [{} for _ in structures]
+    for (start, chunk), outcome in executor.map(partial(predict_chunk, model), chunks, "model"):
+        if isinstance(outcome, Exception):
+            raise OrbcalcError(f"prediction failed: {outcome!r}") from outcome
+        predictions[start : start + len(chunk)] = outcome
+    return predictions
+
+
+def predict_chunk(model: Path, chunk: tuple[int, list[Atoms]]) -> list[dict[str, Any]]:
+    """Predict some structures on a model worker."""
+    from orbcalc.calculator import predict
+
+    results = predict(model, chunk[1], ("energy", "features"), on_error="skip")
+    return [
+        {
+            "energy": result["energy"],
+            "uncertainty": result["energy_uncertainty"] / len(atoms),
+            "features": result["features"],
+        }
+        if result
+        else {}
+        for atoms, result in zip(chunk[1], results, strict=True)
+    ]

@@ -1,0 +1,335 @@
+"""One round of the loop: its steps, each of which leaves its result in the run folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from orbcalc.active.certificate import Look, PoolCounts, audit_look, kl_batch_look
+from orbcalc.active.executor import Executor
+from orbcalc.active.folder import (
+    RunFolder,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_structures,
+)
+from orbcalc.active.inputs import Inputs, read_inputs
+from orbcalc.active.labelling import label_into_store
+from orbcalc.active.modelling import predict_pool, train_committee, write_training_set
+from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_walk
+from orbcalc.active.selection import draw_audit, select_hardest
+from orbcalc.config import MDConfig, RunConfig
+from orbcalc.errors import OrbcalcError
+from orbcalc.labels.label import Label, LabelStatus
+from orbcalc.labels.store import LabelStore
+from orbcalc.structures import structure_key
+
+__all__ = ["Notify", "Round"]
+
+logger = logging.getLogger(__name__)
+
+Notify = Callable[[Mapping[str, Any]], None]
+
+#: Independent random streams of a round.
+_TRAINING, _AUDIT, _BATCH, _MD = 0, 1, 2, 3
+
+
+class Round:
+    """The steps of a round, in the order of the methods; what is done already is read.
+
+    Parameters
+    ----------
+    number
+        From 0; the first round has neither a committee nor an audit.
+    config, folder, store
+        Of the run.
+    executor
+        Where its tasks run.
+    notify
+        Receives every event, and the progress of labels and training.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        config: RunConfig,
+        folder: RunFolder,
+        store: LabelStore,
+        executor: Executor,
+        notify: Notify,
+    ) -> None:
+        self.number, self.config, self.folder, self.store = number, config, folder, store
+        self.executor, self.notify = executor, notify
+        self.files = folder.round(number)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every step was done before."""
+        return self.files.summary.exists()
+
+    @property
+    def committee(self) -> Path | None:
+        """Model file of the round before."""
+        return self.folder.round(self.number - 1).model.absolute() if self.number > 0 else None
+
+    # ----------------------------------------------------------------------------- pool
+    def grow_pool(self, inputs: Inputs | None = None) -> dict[str, Atoms]:
+        """Add structures of files and walkers; returns the pool by structure key.
+
+        Only the first round needs ``inputs``; it reads them if they are not given.
+        """
+        if not self.files.pool.exists():
+            known = self.folder.pool(self.number)
+            candidates = self._candidates(inputs, list(known.values()))
+            fresh = {structure_key(atoms): atoms for atoms in candidates}
+            added = [_bare(atoms) for key, atoms in fresh.items() if key not in known]
+            write_structures(self.files.pool, added)
+            if added:
+                self._event("pool", added=len(added), pool=len(known) + len(added))
+        return self.folder.pool(self.number + 1)
+
+    def _candidates(self, inputs: Inputs | None, known: list[Atoms]) -> list[Atoms]:
+        md, found, starts = self.config.pool.md, list[Atoms](), known
+        if self.number == 0:
+            found, starts = inputs or read_inputs(self.config, self.folder)
+        if md is not None and self.number < md.rounds:
+            return found + self._walk(md, starts)
+        return found
+
+    def _walk(self, md: MDConfig, starts: Sequence[Atoms]) -> list[Atoms]:
+        """Let the walkers run; in the first round with the bootstrap method."""
+        rng = self._rng(_MD)
+        if self.number > 0:  # spread out: start where earlier walkers have been
+            starts = [starts[i] for i in rng.permutation(len(starts))[: md.walkers]]
+        tasks = [
+            WalkTask(
+                start=_bare(starts[walker % len(starts)]),
+                config=md,
+                seed=int(rng.integers(2**32)),
+                model=self.committee,
+            )
+            for walker in range(md.walkers)
+        ]
+        walks: dict[int, Walk] = {}
+        function = bootstrap_walk if self.committee is None else committee_walk
+        for task, outcome in self.executor.map(
+            function, tasks, "label" if self.committee is None else "model"
+        ):
+            if isinstance(outcome, Exception):
+                raise OrbcalcError(f"an MD walker failed: {outcome!r}") from outcome
+            walks[tasks.index(task)] = outcome
+            self._event("walk", frames=len(outcome.frames), ended=outcome.reason)
+        return [frame for walker in sorted(walks) for frame in walks[walker].frames]
+
+    # ------------------------------------------------------------------------ selection
+    def select(self, pool: Mapping[str, Atoms]) -> dict[str, Any]:
+        """Draw the audit and select the batch, before any of them is labelled."""
+        if self.files.selection.exists():
+            selection: dict[str, Any] = read_json(self.files.selection)
+            return selection
+        open_keys = [k for k in pool if self.store.status(k, "reference") is None]
+        if self.committee is None:
+            size = self._affordable(self.config.selection.initial)
+            chosen = draw_audit(len(open_keys), size, self._rng(_BATCH))
+            selection = {"audit": [], "batch": [open_keys[i] for i in chosen], "predictions": {}}
+        else:
+            selection = self._select_by(self.committee, open_keys, pool)
+        write_json(self.files.selection, selection)
+        self._event(
+            "selection",
+            audit=len(selection["audit"]),
+            batch=len(selection["batch"]),
+            unlabelled=len(open_keys),
+        )
+        return selection
+
+    def _select_by(
+        self, committee: Path, open_keys: Sequence[str], pool: Mapping[str, Atoms]
+    ) -> dict[str, Any]:
+        sizes = self.config.selection
+        predictions = predict_pool(self.executor, committee, [pool[key] for key in open_keys])
+        n_audit = self._affordable(sizes.audit) if self._by_audit else 0
+        audit = set(draw_audit(len(open_keys), n_audit, self._rng(_AUDIT)).tolist())
+        rest = [i for i in range(len(open_keys)) if i not in audit]
+        scores = [predictions[i].get("uncertainty", np.nan) for i in rest]
+        batch = select_hardest(
+            scores,
+            self._affordable(sizes.batch, len(audit)),
+            features=_features([predictions[i] for i in rest]),
+            diversity=sizes.diversity,
+            rng=self._rng(_BATCH),
+        )
+        return {
+            "audit": [open_keys[i] for i in sorted(audit)],
+            "batch": [open_keys[rest[i]] for i in batch],
+            "predictions": {
+                open_keys[i]: {"energy": p["energy"], "uncertainty": p["uncertainty"]}
+                for i in (*sorted(audit), *(rest[int(i)] for i in batch))
+                if "energy" in (p := predictions[i])
+                and np.isfinite([p["energy"], p["uncertainty"]]).all()
+            },
+        }
+
+    def _affordable(self, size: int, already: int = 0) -> int:
+        """Return how many structures may still be labelled, at most a size."""
+        limit = self.config.stop.max_labels
+        if limit is None:
+            return size
+        return max(0, min(size, limit - len(self._decided()) - already))
+
+    def _decided(self) -> list[str]:
+        return self.store.keys("reference")
+
+    @property
+    def _by_audit(self) -> bool:
+        return self.config.certificate.method == "hypergeometric"
+
+    # -------------------------------------------------------------------------- labels
+    def label(self, purpose: str, structures: Sequence[Atoms]) -> None:
+        """Label what has no label yet; the purpose is "audit" or "batch"."""
+        missing = [
+            atoms
+            for atoms in structures
+            if self.store.status(structure_key(atoms), "reference") is None
+        ]
+        if not missing:
+            return
+        seconds = {"charges": 0.0, "reference": 0.0}
+
+        def progress(done: int, total: int, labels: Sequence[Label]) -> None:
+            for item in labels:
+                seconds[item.kind] += item.wall_time_s
+            self.notify({"event": "labelling", "purpose": purpose, "done": done, "of": total})
+
+        statuses = label_into_store(
+            self.executor, missing, self.config.labels, self.store, progress=progress
+        )
+        self._event(
+            "labelled",
+            purpose=purpose,
+            structures=len(missing),
+            statuses=dict(statuses),
+            seconds={kind: round(value, 3) for kind, value in seconds.items()},
+        )
+
+    # ---------------------------------------------------------------------------- look
+    def look(self, selection: Mapping[str, Any], pool: Mapping[str, Atoms]) -> Look:
+        """Compare the predictions with the labels that were made after them."""
+        options = self.config.certificate
+        if not self._by_audit:
+            self.label("batch", [pool[key] for key in selection["batch"]])
+        sample = selection["audit"] if self._by_audit else selection["batch"]
+        later = {*selection["audit"], *selection["batch"]}
+        before = [key for key in pool if key not in later]
+        ok = self.store.keys("reference", LabelStatus.ok)
+        failed_keys = set(self._decided()) - set(ok)
+        known = set(ok)
+        counts = PoolCounts(
+            n_pool=len(pool),
+            n_labelled=sum(key in known for key in before),
+            n_failed=sum(key in failed_keys for key in before),
+        )
+        errors = [self._error_per_atom(key, pool[key], selection) for key in sample]
+        failed = np.array([key not in known for key in sample], dtype=bool)
+        hit = np.abs(np.array(errors, dtype=float)) <= options.tolerance
+        judge = audit_look if self._by_audit else kl_batch_look
+        look = judge(
+            counts,
+            hit & ~failed,
+            failed=failed,
+            look=self.number,
+            gamma=options.accuracy,
+            delta=options.delta,
+        )
+        finite = [abs(e) for e in errors if np.isfinite(e)]
+        self._event(
+            "look",
+            audit=look.n_audit,
+            misses=look.n_audit_misses,
+            mae_per_atom=float(np.mean(finite)) if finite else None,
+            accuracy_bound=look.accuracy_bound,
+            certified=look.certified,
+        )
+        return look
+
+    def _error_per_atom(self, key: str, atoms: Atoms, selection: Mapping[str, Any]) -> float:
+        label = self.store.get(key, "reference")
+        prediction = selection["predictions"].get(key)
+        if label is None or label.status is not LabelStatus.ok or prediction is None:
+            return float("nan")
+        return float(prediction["energy"] - label.values["energy"]) / len(atoms)
+
+    # ------------------------------------------------------------------------ training
+    def train(self, pool: Mapping[str, Atoms]) -> None:
+        """Train a committee on everything labelled so far."""
+        if self.files.model.exists():
+            return
+        if not self.files.train.exists():
+            known = set(self.store.keys("reference", LabelStatus.ok))
+            write_training_set(
+                self.files,
+                self.store.labelled_atoms([key for key in pool if key in known]),
+                self.config,
+                seed=int(self._rng(_TRAINING).integers(2**31)),
+                start_from=self.committee if self.config.warm_start else None,
+            )
+        seen = len(read_jsonl(self.folder.metrics))
+
+        def pass_on_metrics() -> None:
+            nonlocal seen
+            records = read_jsonl(self.folder.metrics)
+            for record in records[seen:]:
+                self.notify({"event": "training", **record})
+            seen = len(records)
+
+        found = train_committee(
+            self.executor, self.files.train, self.folder.metrics, self.number, pass_on_metrics
+        )
+        pass_on_metrics()
+        self._event("trained", model=str(self.files.model.absolute()), **found)
+
+    # ----------------------------------------------------------------------------- end
+    def finish(self, pool: Mapping[str, Atoms], look: Look | None) -> None:
+        """Write what the round came to, which completes it."""
+        ok = set(self.store.keys("reference", LabelStatus.ok))
+        summary = {
+            "round": self.number,
+            "pool": len(pool),
+            "labelled": len(ok),
+            "failed": len(set(self._decided()) - ok),
+            "look": None if look is None else vars(look),
+        }
+        write_json(self.files.summary, summary)
+        self._event("round", **summary)
+
+    def _event(self, name: str, **details: Any) -> None:
+        record = self.folder.event(name, **{"round": self.number, **details})
+        logger.info("%s", record)
+        self.notify(record)
+
+    def _rng(self, stream: int) -> np.random.Generator:
+        """Return the random stream of one purpose, the same after a resume."""
+        return np.random.default_rng([self.config.seed, self.number, stream])
+
+
+def _features(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    width = next((len(p["features"]) for p in predictions if p), None)
+    if width is None:
+        return None
+    return np.array([p["features"] if p else np.full(width, np.nan) for p in predictions])
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    """Copy a structure for the pool: no calculator, no constraints; labels of a file are kept."""
+    bare: Atoms = atoms.copy()
+    bare.set_constraint()
+    bare.calc = None
+    for name in ("momenta", "initial_magmoms", "initial_charges"):
+        bare.arrays.pop(name, None)
+    return bare

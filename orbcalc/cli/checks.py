@@ -1,0 +1,56 @@
+"""`orbcalc check`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orbcalc.cli.console import ConfigFile, output
+from orbcalc.errors import OrbcalcError
+
+if TYPE_CHECKING:
+    from orbcalc.config import RunConfig, TrainConfig
+
+__all__ = ["check"]
+
+
+def check(config_file: ConfigFile) -> None:
+    """Check a configuration and its data, and time one label, before anything is started."""
+    from orbcalc.config import RunConfig, TrainConfig, load_config
+
+    text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    if "\npool:" in f"\n{text}":
+        _check_run(load_config(config_file, RunConfig))
+    else:
+        _check_training(load_config(config_file, TrainConfig))
+
+
+def _check_run(config: RunConfig) -> None:
+    from orbcalc.labels.process import WorkerProcess, label_structure
+    from orbcalc.labels.reference import check_file_labels
+    from orbcalc.structures import read_structures
+
+    source = config.pool
+    structures = read_structures(source.structures) if source.structures else []
+    starts = read_structures(source.start) if source.start else []
+    output.print(f"pool: {len(structures)} structures from files, {len(starts)} to start MD from")
+    if config.labels.reference.calculator == "file":
+        check_file_labels(structures, config.labels)
+    probe = max(structures or starts, key=len)
+    with WorkerProcess() as process:
+        for item in label_structure(process, probe, config.labels):
+            output.print(
+                f"{item.kind} label of {probe.get_chemical_formula()}: {item.status} in "
+                f"{item.wall_time_s:.2f} s by {item.provenance} {item.message}",
+            )
+            if item.status != "ok":
+                raise OrbcalcError("the largest structure could not be labelled")
+
+
+def _check_training(config: TrainConfig) -> None:
+    from orbcalc.training.dataset import LabelDataset
+    from orbcalc.training.run import load_labelled
+
+    structures = load_labelled(config.train)
+    dataset = LabelDataset(structures, config.potential.cutoff)
+    output.print(f"{len(dataset)} structures, labels: {dataset.census()}")
+    dataset.require(config.tasks)

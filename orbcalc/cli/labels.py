@@ -1,0 +1,103 @@
+"""`orbcalc label`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from orbcalc.cli.console import Dask, console, output
+from orbcalc.cli.progress import label_bar
+from orbcalc.cli.tables import print_census
+from orbcalc.errors import ConfigError
+
+__all__ = ["label"]
+
+
+def label(
+    structures: Annotated[list[Path], typer.Argument(help="Files that ASE reads.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Labelled structures, extxyz.")
+    ] = Path("labelled.extxyz"),
+    store: Annotated[
+        Path | None, typer.Option(help="Label store (.db) to keep and reuse labels in.")
+    ] = None,
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="GFN2-xTB, pyscf, file, an ASE calculator 'package.module:Name', or 'none'."
+        ),
+    ] = "GFN2-xTB",
+    arguments: Annotated[
+        str, typer.Option(help="Keyword arguments of the reference calculator, as JSON.")
+    ] = "{}",
+    charges: Annotated[bool, typer.Option(help="GFN1-xTB orbital charges.")] = True,
+    forces: Annotated[bool, typer.Option(help="Reference forces.")] = True,
+    stress: Annotated[bool, typer.Option(help="Reference stress.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that one label may take.")] = 600.0,
+    dask: Dask = None,
+) -> None:
+    """Label structures: GFN1-xTB orbital charges, reference energies and forces."""
+    from orbcalc.active.executor import open_executor
+    from orbcalc.active.folder import write_structures
+    from orbcalc.active.labelling import label_into_store
+    from orbcalc.config import DaskConfig, LabelConfig, parse_config
+    from orbcalc.labels.store import LabelStore
+    from orbcalc.structures import read_structures, structure_key
+
+    if reference == "none" and not charges:
+        raise ConfigError("nothing to label: --reference none and --no-charges")
+    config = parse_config(
+        {
+            "reference": {
+                "calculator": "GFN2-xTB" if reference == "none" else reference,
+                "arguments": _json(arguments),
+            },
+            "charges": charges,
+            "forces": forces,
+            "stress": stress,
+            "timeout_s": timeout,
+        },
+        LabelConfig,
+        source="command line",
+    )
+    kinds = tuple(
+        kind
+        for kind, wanted in (("charges", charges), ("reference", reference != "none"))
+        if wanted
+    )
+    atoms_list = read_structures(structures)
+    labels = LabelStore(store or out.with_suffix(".db"))
+    with (
+        open_executor(DaskConfig(address=dask, model_workers=1)) as executor,
+        label_bar() as progress,
+    ):
+        statuses = label_into_store(
+            executor,
+            atoms_list,
+            config,
+            labels,
+            kinds=kinds,  # type: ignore[arg-type]
+            progress=progress,
+        )
+    keys = list(dict.fromkeys(structure_key(atoms) for atoms in atoms_list))
+    write_structures(out, labels.labelled_atoms(keys))
+    print_census(labels.census())
+    failed = sum(count for status, count in statuses.items() if status != "ok")
+    output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")
+    if failed:
+        failures = Text(f"{failed} new labels failed", "yellow")
+        console.print(failures + f": see {labels.path}; never trained on")
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--arguments is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--arguments must be a JSON object, got {text}")
+    return value

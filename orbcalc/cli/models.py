@@ -1,0 +1,67 @@
+"""`orbcalc train` and `orbcalc evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orbcalc.cli.console import ConfigFile, output
+from orbcalc.cli.progress import training_bars
+from orbcalc.cli.tables import print_errors, print_model
+from orbcalc.errors import OrbcalcError
+
+__all__ = ["evaluate", "train"]
+
+
+def train(config_file: ConfigFile) -> None:
+    """Train a potential or a committee; the same command again goes on after a kill."""
+    from orbcalc.active.folder import append_json
+    from orbcalc.config import TrainConfig, load_config
+    from orbcalc.training.run import train as train_model
+
+    config = load_config(config_file, TrainConfig)
+    metrics = config.output.with_name("metrics.jsonl")
+    with training_bars() as show:
+
+        def report(record: Mapping[str, Any]) -> None:
+            append_json(metrics, record)
+            show(record)
+
+        train_model(config, report)
+    output.print(f"model written to {config.output}, metrics to {metrics}")
+    print_model(config.output)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model file, .orbcalc.")],
+    structures: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
+    device: str = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare a model with the labels of structures."""
+    from orbcalc.model.checkpoint import load_model
+    from orbcalc.training.dataset import LabelDataset
+    from orbcalc.training.run import load_labelled, model_errors
+    from orbcalc.training.trainer import resolve_device
+
+    committee, _ = load_model(model, device=resolve_device(device))
+    labelled = load_labelled(tuple(structures))
+    for atoms in labelled:
+        committee.first.check_elements(atoms.numbers.tolist())
+    dataset = LabelDataset(labelled, committee.cutoff)
+    census = dataset.census()
+    names = ["energy"] + [name for name in ("forces", "stress", "charges") if census[name]]
+    errors = model_errors(committee, dataset, names)
+    if not errors:
+        raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")
+    if as_json:
+        output.print_json(json.dumps({"structures": len(dataset), **errors}))
+    else:
+        print_errors(errors, f"{len(dataset)} structures")
+    if not all(math.isfinite(value) for value in errors.values()):
+        raise OrbcalcError("the model predicts NaN for some of these structures")
