@@ -10,19 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["CUTOFF", "PRESETS", "Model", "parse_model"]
+from orbcalc.config import PRESETS
+
+__all__ = ["CUTOFF", "Model", "parse_model"]
 
 Package = Literal["orbcalc", "mace"]
 
 #: Å, of every architecture: what MACE's README recommends.
 CUTOFF = 5.0
-
-#: Arguments of `orbcalc.config.PotentialConfig`; what is not named has its default.
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"channels": 32},
-    "medium": {"channels": 64},
-    "large": {"channels": 128},
-}
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Model:
     def architecture(self) -> dict[str, Any]:
         """What a worker builds it from."""
         if self.package == "orbcalc":
-            return {"cutoff": CUTOFF, **PRESETS[self.spec]}
+            return {"cutoff": CUTOFF, "preset": self.spec}
         return {"hidden_irreps": self.spec, "r_max": CUTOFF}
 
     @property

@@ -83,12 +83,25 @@ class LabelConfig(StrictModel):
 
 
 # ------------------------------------------------------------------------------- model
+#: Sizes of potentials; docs/architecture.md has their errors and speeds.
+PRESETS: dict[str, dict[str, int]] = {
+    "small": {"channels": 32, "message_l_max": 0, "message_channels": 16},
+    "medium": {"channels": 64, "message_l_max": 1, "message_channels": 16},
+    "large": {"channels": 128, "message_l_max": 1, "message_channels": 32},
+}
+
+
 class PotentialConfig(StrictModel):
     """Architecture of the potential; elements and statistics come from the training data."""
 
+    preset: Literal["small", "medium", "large"] = Field(
+        default="medium",
+        description="channels, message_l_max and message_channels, where they are not given: "
+        + "; ".join(f"{name} {', '.join(map(str, p.values()))}" for name, p in PRESETS.items()),
+    )
     cutoff: float = Field(default=5.0, gt=0.5, le=20, description="Å")
     channels: int = Field(
-        default=32, ge=4, le=1024, description="feature channels per irrep component"
+        default=64, ge=4, le=1024, description="feature channels per irrep component"
     )
     layers: int = Field(default=2, ge=1, le=4, description="rounds of message passing")
     l_max: int = Field(
@@ -106,6 +119,13 @@ class PotentialConfig(StrictModel):
         default="equivariant",
         description="equivariant: on-site blocks; invariant: AO charges from scalars (a baseline)",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (sizes := PRESETS.get(data.get("preset", "medium"))):
+            return {**sizes, **data}
+        return data
 
     @model_validator(mode="after")
     def _degrees(self) -> PotentialConfig:

@@ -15,7 +15,15 @@ from torch import Tensor
 from orbcalc.neighbors import NeighborList, neighbor_list
 from orbcalc.structures import charge_and_multiplicity
 
-__all__ = ["AtomGraph", "gather_neighbors", "sum_reverse"]
+__all__ = ["AtomGraph", "Neighborhood", "gather_neighbors", "sum_reverse"]
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """The neighbours of some of the atoms of a graph, counted in the whole of it."""
+
+    neighbors: Int[Tensor, "n_some n_slots"]
+    mask: Bool[Tensor, "n_some n_slots"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,11 @@ class AtomGraph:
         total = values.new_zeros(self.n_structures, *values.shape[1:])
         return total.index_add(0, self.structure_index, values)
 
+    def parts(self, size: int) -> list[Neighborhood]:
+        """Cut the atoms into parts of a size."""
+        pairs = zip(self.neighbors.split(size), self.mask.split(size), strict=True)
+        return [Neighborhood(neighbors, mask) for neighbors, mask in pairs]
+
     def to(self, device: torch.device | str) -> AtomGraph:
         """Move every tensor to a device."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items()}
@@ -144,10 +157,19 @@ class AtomGraph:
 
 
 def gather_neighbors(
-    values: Float[Tensor, " n_atoms *rest"], graph: AtomGraph
-) -> Float[Tensor, "n_atoms n_slots *rest"]:
-    """Fetch a quantity of the atoms to every slot where they are the neighbour."""
-    gathered: Tensor = _apply(_Gather, values, graph.neighbors, graph.reverse, graph.mask)
+    values: Float[Tensor, " n_atoms *rest"], graph: AtomGraph | Neighborhood
+) -> Float[Tensor, "n_some n_slots *rest"]:
+    """Fetch a quantity of the atoms to every slot where they are the neighbour.
+
+    In a part of a graph, where the reverse of an edge may be elsewhere, the derivative is a
+    scatter.
+    """
+    gathered: Tensor
+    if isinstance(graph, AtomGraph):
+        gathered = _apply(_Gather, values, graph.neighbors, graph.reverse, graph.mask)
+    else:
+        rows = values.index_select(0, graph.neighbors.flatten())
+        gathered = rows.view(*graph.neighbors.shape, *values.shape[1:])
     return gathered
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orbcalc.config import PotentialConfig
 from orbcalc.errors import UnsupportedElementError
 from orbcalc.graph import AtomGraph
-from orbcalc.model.backbone import Backbone, NodeFeatures
+from orbcalc.model.backbone import PART_ATOMS, Backbone, NodeFeatures
 from orbcalc.model.derivatives import forces_and_stress
 from orbcalc.model.heads import EnergyHead, InvariantChargeHead, OrbitalBlockHead
 from orbcalc.orbitals import SLOTS, diagonal_basis, shell_slots
@@ -160,7 +160,13 @@ class Potential(nn.Module):
             vectors = graph.edge_vectors()
             if derivatives and not vectors.requires_grad:
                 vectors.requires_grad_(True)
-            nodes = self.backbone(vectors.to(self.dtype), elements, graph, l_out)
+            nodes = self.backbone(
+                vectors.to(self.dtype),
+                elements,
+                graph,
+                l_out,
+                in_parts=graph.n_atoms > 2 * PART_ATOMS and not create_graph,
+            )
             atomic = self.energy_head(nodes).double() * self.energy_scale
             energy = graph.sum_over_atoms(atomic + self.reference_energies[elements])
             found = self._charges(nodes, elements, graph) if with_charges else {}

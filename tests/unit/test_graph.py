@@ -179,3 +179,23 @@ def test_moving_keeps_everything():
 def test_an_impossible_spin():
     with pytest.raises(StructureError, match="impossible for 10 electrons"):
         graph_of(Atoms("OH2", positions=np.eye(3), info={"spin": 2}))
+
+
+def test_parts_are_gathered_as_in_the_whole():
+    graph = AtomGraph.batch(
+        [
+            AtomGraph.from_atoms(atoms, 4.0)
+            for atoms in (structures.ethanol(), structures.ice_cell())
+        ]
+    )
+    values = torch.randn(graph.n_atoms, 3, dtype=torch.float64, requires_grad=True)
+    parts = graph.parts(4)
+    assert [len(part.mask) for part in parts] == [4, 4, 4, 3]
+    gathered = torch.cat([gather_neighbors(values, part) for part in parts])
+    assert torch.equal(gathered, gather_neighbors(values, graph))
+    weights = torch.randn(gathered.shape, dtype=torch.float64) * graph.mask[..., None]
+    slopes = [
+        torch.autograd.grad((found * weights).sum(), values)[0]
+        for found in (gathered, gather_neighbors(values, graph))
+    ]
+    torch.testing.assert_close(*slopes)
