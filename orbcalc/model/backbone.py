@@ -144,14 +144,14 @@ class NeighborDensity(nn.Module):
             seen = torch.cat([seen, *along], dim=-1)
         density = torch.bmm(functions, seen)
         density = density.unflatten(1, (-1, radial.shape[1])).transpose(0, 1).flatten(2)
-        density = self.mix(density)
+        mixed: Tensor = self.mix(density)
         if self.l_in == 0:
-            return density
+            return mixed
         passed = torch.bmm(radial, tensors.flatten(2))
         passed = passed.unflatten(-1, (tensors.shape[2], -1)).permute(2, 0, 1, 3).flatten(2)
         passed = self.mix_passed(passed)
         n_passed = passed.shape[0]
-        scalar, lower, higher = density.split([1, n_passed, density.shape[0] - n_passed - 1])
+        scalar, lower, higher = mixed.split([1, n_passed, mixed.shape[0] - n_passed - 1])
         return torch.cat([scalar, lower + passed, higher])
 
 
