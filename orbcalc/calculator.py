@@ -33,8 +33,8 @@ __all__ = ["OrbcalcCalculator", "predict"]
 
 Results = dict[str, Any]
 
-#: Atoms in one batch of `predict`, so that memory stays bounded.
-BATCH_ATOMS = 2048
+#: Atoms in one batch of `predict`: few enough for caches.
+BATCH_ATOMS = 512
 
 
 #: What `predict` can be asked for.
@@ -230,7 +230,7 @@ def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:
     with_charges = not {"charges", "orbital_charges"}.isdisjoint(properties)
     if with_charges and model.first.charge_head is None:
         raise PropertyNotImplementedError(
-            "this model was trained without charges; train it with tasks: {charges: 0.3}"
+            "this model was trained without charges; train it with `tasks: {charges: 1}`"
         )
     if len(model.members) == 1 and any("uncertainty" in name for name in properties):
         raise PropertyNotImplementedError(

@@ -3,10 +3,14 @@
 Each layer sums over neighbours once (`NeighborDensity`), then multiplies features on the atom
 itself (`AtomUpdate`), so the many-body order costs nothing per edge. The picture::
 
-    u_ij  = s_j + Σ_l R_l(r_ij) · (Y_l(r_ij) · h_jl)      what neighbour j shows towards i
-    A_ilm = Σ_j Y_lm(r_ij) R_l(r_ij) u_ij  (+ Σ_j R_l h_jlm)         density of neighbours
-    B     = A ⊕ (A ⊗ A) ⊕ (A ⊗ A ⊗ A)                     two-, three- and four-body features
-    h_i  += f(B)
+    u_ij   = s_j ⊕ (Y_l(r_ij) · h_jl) for each l         what neighbour j shows towards i
+    A_iklm = Σ_j φ_k(r_ij) Y_lm(r_ij) u_ij               one product of matrices for each atom
+    A_ilm  = W_l A_ilm ⊕ V_l Σ_j φ_k(r_ij) h_jlm         density of neighbours, channels mixed
+    B      = A1 ⊕ A1·A2 ⊕ A1·A2·A3                       products of functions on the sphere
+    h_i   += f(B)
+
+`φ` are few learned radial functions, and `u` has few channels (in the first layer, of the
+elements); the many channels of `A` are made per atom. `A1`, `A2`, `A3` are `A` with other weights.
 
 All features vanish for an atom without neighbours, except the embedding of its element and of
 the total charge and spin.
