@@ -129,7 +129,10 @@ class NeighborDensity(nn.Module):
             self.mix_passed = DegreeLinear(l_in, n_radial * n_in, channels, l_min=1, size=0.5)
 
     def forward(
-        self, shown: Float[Tensor, "m n_all n_in"], edges: EdgeBasis, graph: AtomGraph | Neighborhood
+        self,
+        shown: Float[Tensor, "m n_all n_in"],
+        edges: EdgeBasis,
+        graph: AtomGraph | Neighborhood,
     ) -> Float[Tensor, "n_components n channels"]:
         """Sum over the neighbours of every atom."""
         n_atoms, _, n_slots = edges.harmonics.shape
@@ -276,9 +279,7 @@ class Backbone(nn.Module):
         in_parts
             Save memory: work on parts of the atoms, and once more when derivatives are taken.
         """
-        parts: Sequence[AtomGraph | Neighborhood] = (
-            graph.parts(PART_ATOMS) if in_parts else [graph]
-        )
+        parts: Sequence[AtomGraph | Neighborhood] = graph.parts(PART_ATOMS) if in_parts else [graph]
         sizes = [len(part.mask) for part in parts]
         edges = [
             self.edge_basis(own, part.mask)
