@@ -83,7 +83,7 @@ class LabelConfig(StrictModel):
 
 
 # ------------------------------------------------------------------------------- model
-#: Sizes of potentials; docs/architecture.md has their errors and speeds.
+#: Sizes of potentials; docs/architecture.md has their speeds.
 PRESETS: dict[str, dict[str, int]] = {
     "small": {"channels": 32, "message_l_max": 0, "message_channels": 16},
     "medium": {"channels": 64, "message_l_max": 1, "message_channels": 16},

@@ -43,7 +43,7 @@ def broken(make_potential):
 
 
 def pull(found, graph):
-    return {"forces": found.forces + 1e-3} if found.forces is not None else {}
+    return {"forces": found.forces + 1e-4} if found.forces is not None else {}
 
 
 def slope_along_x(found, graph):
