@@ -89,29 +89,39 @@ PRESETS: dict[str, dict[str, int]] = {
     "medium": {"channels": 64, "message_l_max": 1, "message_channels": 16},
     "large": {"channels": 128, "message_l_max": 1, "message_channels": 32},
 }
+_PRESET: Literal["medium"] = "medium"
 
 
 class PotentialConfig(StrictModel):
     """Architecture of the potential; elements and statistics come from the training data."""
 
     preset: Literal["small", "medium", "large"] = Field(
-        default="medium",
+        default=_PRESET,
         description="channels, message_l_max and message_channels, where they are not given: "
         + "; ".join(f"{name} {', '.join(map(str, p.values()))}" for name, p in PRESETS.items()),
     )
     cutoff: float = Field(default=5.0, gt=0.5, le=20, description="Å")
     channels: int = Field(
-        default=64, ge=4, le=1024, description="feature channels per irrep component"
+        default=PRESETS[_PRESET]["channels"],
+        ge=4,
+        le=1024,
+        description="feature channels per irrep component",
     )
     layers: int = Field(default=2, ge=1, le=4, description="rounds of message passing")
     l_max: int = Field(
         default=3, ge=0, le=4, description="highest spherical harmonic of the neighbour density"
     )
     message_l_max: int = Field(
-        default=1, ge=0, le=2, description="highest degree of the features that neighbours pass on"
+        default=PRESETS[_PRESET]["message_l_max"],
+        ge=0,
+        le=2,
+        description="highest degree of the features that neighbours pass on",
     )
     message_channels: int = Field(
-        default=16, ge=1, le=1024, description="channels of the features that neighbours pass on"
+        default=PRESETS[_PRESET]["message_channels"],
+        ge=1,
+        le=1024,
+        description="channels of the features that neighbours pass on",
     )
     radial_functions: int = Field(default=8, ge=2, le=64)
     radial_hidden: int = Field(default=32, ge=4, le=1024)
@@ -123,7 +133,7 @@ class PotentialConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _sizes(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (sizes := PRESETS.get(data.get("preset", "medium"))):
+        if isinstance(data, dict) and (sizes := PRESETS.get(data.get("preset", _PRESET))):
             return {**sizes, **data}
         return data
 
