@@ -129,6 +129,11 @@ class PotentialConfig(StrictModel):
         default="equivariant",
         description="equivariant: on-site blocks; invariant: AO charges from scalars (a baseline)",
     )
+    xtb_head: Literal["none", "task", "baseline"] = Field(
+        default="none",
+        description="learn the GFN1-xTB energy as well; task: beside the energy; baseline: the "
+        "energy is the learned GFN1-xTB energy plus a learned difference (no xTB at inference)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -154,18 +159,32 @@ class TaskWeights(StrictModel):
     """Weight of each task in the loss, on errors scaled to be of order one; 0 switches it off.
 
     Only their ratios count. A task with weight that no structure has a label for is an error.
+    Labels of the cheap tasks (charges, xtb_energy, xtb_forces) may also cover structures that
+    have no reference label.
     """
 
     energy: float = Field(default=1.0, ge=0)
     forces: float = Field(default=30.0, ge=0)
     stress: float = Field(default=0.0, ge=0)
     charges: float = Field(default=1.0, ge=0)
+    xtb_energy: float = Field(default=0.0, ge=0)
+    xtb_forces: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _some_task(self) -> TaskWeights:
-        if self.energy + self.forces + self.stress + self.charges == 0:
+        if not self.active:
             raise ValueError("all weights are 0: nothing would be learned")
         return self
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Tasks that have weight."""
+        return tuple(task for task, weight in self if weight > 0)
+
+    @property
+    def reference(self) -> tuple[str, ...]:
+        """Those of them that are learned from reference labels."""
+        return tuple(task for task in self.active if task in ("energy", "forces", "stress"))
 
 
 class OptimizerConfig(StrictModel):
@@ -173,7 +192,20 @@ class OptimizerConfig(StrictModel):
 
     learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    batch_size: int = Field(default=8, ge=1, description="structures per step")
+    batch_size: int = Field(
+        default=8, ge=1, description="structures with reference labels in each step"
+    )
+    cheap_batch_size: int = Field(
+        default=16,
+        ge=0,
+        description="structures with cheap labels only that join each step, if there are any",
+    )
+    max_edges: int = Field(
+        default=20_000,
+        ge=1,
+        description="(padded) edges that are evaluated at once: a larger step is taken in parts, "
+        "whose gradients are added",
+    )
     steps: int = Field(default=10_000, ge=1, description="optimiser steps in all")
     warmup_steps: int = Field(default=100, ge=0)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
@@ -215,6 +247,9 @@ class TrainConfig(StrictModel):
             raise ValueError(f"valid: {self.valid} is not a fraction between 0 and 1")
         if self.tasks.charges > 0 and self.potential.charge_head == "none":
             raise ValueError("tasks.charges has weight, but potential.charge_head is none")
+        for task in ("xtb_energy", "xtb_forces"):
+            if task in self.tasks.active and self.potential.xtb_head == "none":
+                raise ValueError(f"tasks.{task} has weight, but potential.xtb_head is none")
         return self
 
     @property

@@ -91,6 +91,8 @@ def potential_content(potential: Potential) -> dict[str, Any]:
         "shells": {str(z): list(shells) for z, shells in potential.shells.items()},
         "reference_energies": potential.reference_energies.tolist(),
         "energy_scale": potential.energy_scale,
+        "xtb_reference_energies": potential.xtb_reference_energies.tolist(),
+        "xtb_energy_scale": potential.xtb_energy_scale,
         "neighbor_scale": potential.backbone.neighbor_scale,
         "n_charge_components": potential.n_charge_components,
     }
@@ -102,13 +104,18 @@ def potential_from(content: Mapping[str, Any], dtype: torch.dtype) -> Potential:
     elements = [int(z) for z in content["elements"]]
     if not elements or not all(1 <= z <= 118 for z in elements):
         raise ConfigError(f"elements {elements} are not atomic numbers")
-    energies = torch.tensor(content["reference_energies"], dtype=torch.float64)
-    if energies.shape != (len(elements),):
+    energies, xtb_energies = (
+        torch.tensor(content[key], dtype=torch.float64)
+        for key in ("reference_energies", "xtb_reference_energies")
+    )
+    if energies.shape != (len(elements),) or xtb_energies.shape != (len(elements),):
         raise ConfigError(f"{len(elements)} elements need as many reference energies")
     width = min(int(content["n_charge_components"]), 23)
     statistics = Statistics(
         reference_energies=energies,
         energy_scale=float(content["energy_scale"]),
+        xtb_reference_energies=xtb_energies,
+        xtb_energy_scale=float(content["xtb_energy_scale"]),
         neighbor_scale=float(content["neighbor_scale"]),
         charge_shift=torch.zeros(len(elements), width),
         charge_scale=torch.ones(len(elements), width),

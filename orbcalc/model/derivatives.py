@@ -17,6 +17,7 @@ def forces_and_stress(
     graph: AtomGraph,
     *,
     create_graph: bool = False,
+    retain_graph: bool = False,
 ) -> tuple[Float[Tensor, "n_atoms 3"], Float[Tensor, "n_structures 3 3"]]:
     """Differentiate an energy with respect to positions and strain.
 
@@ -34,6 +35,8 @@ def forces_and_stress(
         Their batch of structures.
     create_graph
         Keep the derivatives differentiable, as the force loss needs.
+    retain_graph
+        Another energy of the same network will be differentiated.
 
     Returns
     -------
@@ -44,7 +47,9 @@ def forces_and_stress(
     """
     if not energy.requires_grad:  # no structure has a neighbour that the energy depends on
         energy = energy + 0.0 * vectors.sum()
-    (gradient,) = torch.autograd.grad(energy.sum(), vectors, create_graph=create_graph)
+    (gradient,) = torch.autograd.grad(
+        energy.sum(), vectors, create_graph=create_graph, retain_graph=create_graph or retain_graph
+    )
     gradient = torch.where(graph.mask[..., None], gradient, 0.0)
     forces = gradient.sum(1) - sum_reverse(gradient, graph)
     lengths = vectors if create_graph else vectors.detach()

@@ -30,11 +30,15 @@ class Statistics:
     reference_energies: Float[Tensor, " n_elements"]
     """Energy of each lone atom, eV."""
     energy_scale: float
-    """Size of one atom's energy beyond that, eV."""
+    """Size of one atom's energy beyond that, eV; with `xtb_head: baseline`, of the difference."""
     neighbor_scale: float
     charge_shift: Float[Tensor, "n_elements n_components"]
     charge_scale: Float[Tensor, "n_elements n_components"]
     """Mean and spread of the charge head's labels, e; without labels 0 and 1."""
+    xtb_reference_energies: Float[Tensor, " n_elements"] | None = None
+    """The same in GFN1-xTB, eV; None without a head for its energy."""
+    xtb_energy_scale: float = 1.0
+    """Size of one atom's GFN1-xTB energy beyond that, eV."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Prediction:
     """AO charges in slot order, e; NaN for absent shells."""
     charges: Float[Tensor, " n_atoms"] | None = None
     """Atomic charges, e."""
+    xtb_energy: Float[Tensor, " n_structures"] | None = None
+    """What GFN1-xTB would give, eV, float64."""
+    xtb_forces: Float[Tensor, "n_atoms 3"] | None = None
+    """eV/Å."""
     features: Float[Tensor, "n_structures channels"] | None = None
     """Mean over atoms of the last scalar update: where a structure lies in the latent space."""
 
@@ -94,6 +102,10 @@ class Potential(nn.Module):
         self.energy_scale = statistics.energy_scale
         self.backbone = Backbone(config, len(self.elements), statistics.neighbor_scale)
         self.energy_head = EnergyHead(config.channels, config.layers)
+        self.xtb_energy_scale = statistics.xtb_energy_scale
+        self.xtb_head = None
+        if config.xtb_head != "none":
+            self.xtb_head = EnergyHead(config.channels, config.layers)
         self.charge_head: OrbitalBlockHead | InvariantChargeHead | None = None
         if config.charge_head != "none" and self.shells:
             head = OrbitalBlockHead if config.charge_head == "equivariant" else InvariantChargeHead
@@ -108,6 +120,10 @@ class Potential(nn.Module):
         self.to(dtype)
         # Total energies of heavy atoms take more digits than float32 has.
         self._reference_energies = statistics.reference_energies.double()
+        xtb = statistics.xtb_reference_energies
+        self._xtb_reference_energies = (
+            torch.zeros_like(self._reference_energies) if xtb is None else xtb.double()
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,6 +142,15 @@ class Potential(nn.Module):
             self._reference_energies = self._reference_energies.to(self.element_index.device)
         return self._reference_energies
 
+    @property
+    def xtb_reference_energies(self) -> Float[Tensor, " n_elements"]:
+        """Energy of each lone atom in GFN1-xTB, eV, float64; zero without a head for it."""
+        if self._xtb_reference_energies.device != self.element_index.device:
+            self._xtb_reference_energies = self._xtb_reference_energies.to(
+                self.element_index.device
+            )
+        return self._xtb_reference_energies
+
     def forward(
         self,
         graph: AtomGraph,
@@ -140,8 +165,8 @@ class Potential(nn.Module):
         graph
             A batch; pairs beyond the cutoff may be present.
         properties
-            Any of energy (always given), forces, stress, charges, features. Charges cost
-            nothing unless asked for.
+            Any of energy (always given), forces, stress, charges, features, xtb_energy,
+            xtb_forces. Charges cost nothing unless asked for.
         create_graph
             Keep forces and stress differentiable, for training on them.
 
@@ -156,9 +181,11 @@ class Potential(nn.Module):
         with_charges = "charges" in properties and self.charge_head is not None
         l_out = self.charge_head.l_out if with_charges and self.charge_head is not None else 0
         derivatives = "forces" in properties or "stress" in properties
-        with torch.set_grad_enabled(derivatives or torch.is_grad_enabled()):
+        xtb_forces = "xtb_forces" in properties and self.xtb_head is not None
+        differentiated = derivatives or xtb_forces
+        with torch.set_grad_enabled(differentiated or torch.is_grad_enabled()):
             vectors = graph.edge_vectors()
-            if derivatives and not vectors.requires_grad:
+            if differentiated and not vectors.requires_grad:
                 vectors.requires_grad_(True)
             nodes = self.backbone(
                 vectors.to(self.dtype),
@@ -167,9 +194,20 @@ class Potential(nn.Module):
                 l_out,
                 in_parts=graph.n_atoms > 2 * PART_ATOMS and not create_graph,
             )
-            atomic = self.energy_head(nodes).double() * self.energy_scale
-            energy = graph.sum_over_atoms(atomic + self.reference_energies[elements])
             found = self._charges(nodes, elements, graph) if with_charges else {}
+            atomic = self.energy_head(nodes).double() * self.energy_scale
+            if self.xtb_head is not None:
+                xtb = self.xtb_head(nodes).double() * self.xtb_energy_scale
+                xtb_energy = graph.sum_over_atoms(xtb + self.xtb_reference_energies[elements])
+                if self.config.xtb_head == "baseline":
+                    atomic = atomic + xtb
+                if "xtb_energy" in properties:
+                    found["xtb_energy"] = xtb_energy
+                if xtb_forces:
+                    found["xtb_forces"], _ = forces_and_stress(
+                        xtb_energy, vectors, graph, create_graph=create_graph, retain_graph=True
+                    )
+            energy = graph.sum_over_atoms(atomic + self.reference_energies[elements])
             if derivatives:
                 forces, stress = forces_and_stress(
                     energy, vectors, graph, create_graph=create_graph
@@ -178,7 +216,9 @@ class Potential(nn.Module):
         if "features" in properties:
             count = graph.n_atoms_of_structure[:, None]
             found["features"] = graph.sum_over_atoms(nodes.updates[-1]) / count
-        return Prediction(energy if create_graph or not derivatives else energy.detach(), **found)
+        if differentiated and not create_graph:
+            return Prediction(energy.detach(), **{k: v.detach() for k, v in found.items()})
+        return Prediction(energy, **found)
 
     def check_elements(self, numbers: Iterable[int]) -> None:
         """Refuse atomic numbers that the potential does not cover.

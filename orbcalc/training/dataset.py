@@ -17,7 +17,15 @@ from orbcalc.config import TaskWeights
 from orbcalc.errors import LabelError, MissingLabelError
 from orbcalc.graph import AtomGraph
 from orbcalc.orbitals import BLOCK_DIM
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS, XTB_BLOCKS, XTB_SHELLS
+from orbcalc.properties import (
+    REF_ENERGY,
+    REF_FORCES,
+    REF_STRESS,
+    XTB_BLOCKS,
+    XTB_ENERGY,
+    XTB_FORCES,
+    XTB_SHELLS,
+)
 from orbcalc.structures import check_structure
 
 __all__ = ["LabelDataset", "Targets", "shells_of_elements"]
@@ -28,6 +36,8 @@ _SOURCES = {
     "forces": (REF_FORCES, "orbcalc label --reference"),
     "stress": (REF_STRESS, "orbcalc label --reference"),
     "charges": (XTB_BLOCKS, "orbcalc label"),
+    "xtb_energy": (XTB_ENERGY, "orbcalc label"),
+    "xtb_forces": (XTB_FORCES, "orbcalc label"),
 }
 
 
@@ -43,6 +53,10 @@ class Targets:
     """eV/Å³."""
     charges: Float[Tensor, "n_atoms 23"]
     """Charge blocks as irreps, e."""
+    xtb_energy: Float[Tensor, " n_structures"]
+    """GFN1-xTB, eV."""
+    xtb_forces: Float[Tensor, "n_atoms 3"]
+    """GFN1-xTB, eV/Å."""
 
     @classmethod
     def from_atoms(cls, atoms: Atoms) -> Targets:
@@ -61,6 +75,8 @@ class Targets:
             forces=torch.from_numpy(_read(atoms, REF_FORCES, atoms.arrays, (n_atoms, 3))),
             stress=torch.from_numpy(np.ascontiguousarray(full))[None],
             charges=torch.from_numpy(_read(atoms, XTB_BLOCKS, atoms.arrays, (n_atoms, BLOCK_DIM))),
+            xtb_energy=torch.from_numpy(_read(atoms, XTB_ENERGY, atoms.info, ())).reshape(1),
+            xtb_forces=torch.from_numpy(_read(atoms, XTB_FORCES, atoms.arrays, (n_atoms, 3))),
         )
 
     @classmethod
@@ -115,6 +131,11 @@ class LabelDataset:
         """Atomic numbers that occur."""
         return sorted({int(z) for graph in self.graphs for z in graph.numbers.unique()})
 
+    def labelled(self, tasks: Iterable[str]) -> list[int]:
+        """Return the structures that have a label of any of these tasks."""
+        wanted = list(tasks)
+        return [i for i, t in enumerate(self.targets) if any(t.has(task) for task in wanted)]
+
     def batch(self, indices: Iterable[int]) -> tuple[AtomGraph, Targets]:
         """Join some structures into one batch."""
         chosen = list(indices)
@@ -139,7 +160,7 @@ class LabelDataset:
             With a census of what is there.
         """
         census = self.census()
-        missing = [task for task in _SOURCES if getattr(tasks, task) > 0 and census[task] == 0]
+        missing = [task for task in tasks.active if census[task] == 0]
         if not missing:
             return
         found = ", ".join(f"{task} {count}" for task, count in census.items())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from orbcalc.config import TaskWeights
+from orbcalc.config import PotentialConfig, TaskWeights
 from orbcalc.graph import AtomGraph
 from orbcalc.model.potential import Potential, Prediction
 from orbcalc.training.dataset import Targets
 from orbcalc.training.statistics import charge_targets
 
-__all__ = ["ErrorSums", "LossScales", "active_properties", "multitask_loss"]
+__all__ = ["ErrorSums", "LossScales", "active_properties", "label_counts", "multitask_loss"]
 
 #: Å; docs/architecture.md shows what weights of the energy of this size do to force errors.
 ENERGY_LENGTH = 0.1
@@ -27,22 +29,35 @@ class LossScales:
     """
 
     def __init__(self, potential: Potential, graphs: list[AtomGraph], targets: list[Targets]):
-        per_atom, stresses = [], []
-        for graph, target in zip(graphs, targets, strict=True):
-            reference = potential.reference_energies[potential.element_index[graph.numbers]].sum()
-            per_atom.append((target.energy - reference) / graph.n_atoms)
-            stresses.append(target.stress.flatten())
-        forces = torch.cat([target.forces.flatten() for target in targets])
-        self.energy = _spread(torch.cat(per_atom), centred=True)
-        self.forces = _spread(forces)
-        if torch.isfinite(forces).any():
-            self.energy = max(self.energy, ENERGY_LENGTH * self.forces)
-        self.stress = _spread(torch.cat(stresses))
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(target, name).flatten() for target in targets])
+
+        n_atoms = torch.tensor([graph.n_atoms for graph in graphs])
+        elements = [potential.element_index[graph.numbers].cpu() for graph in graphs]
+        sizes = []
+        for name, references in (
+            ("", potential.reference_energies),
+            ("xtb_", potential.xtb_reference_energies),
+        ):
+            lone = torch.stack([references.cpu()[own].sum() for own in elements])
+            forces = joined(f"{name}forces")
+            energy = _spread((joined(f"{name}energy") - lone) / n_atoms, centred=True)
+            sizes += [energy, _spread(forces)]
+            if torch.isfinite(forces).any():
+                sizes[-2] = max(energy, ENERGY_LENGTH * sizes[-1])
+        self.energy, self.forces, self.xtb_energy, self.xtb_forces = sizes
+        self.stress = _spread(joined("stress"))
 
 
 def active_properties(tasks: TaskWeights) -> list[str]:
     """Return the properties that a loss needs."""
-    return ["energy"] + [t for t in ("forces", "stress", "charges") if getattr(tasks, t) > 0]
+    return ["energy", *(task for task in tasks.active if task != "energy")]
+
+
+def label_counts(targets: Targets, config: PotentialConfig) -> dict[str, int]:
+    """Count the numbers that each task is to learn."""
+    wanted = {**vars(targets), "charges": charge_targets(targets.charges, config)}
+    return {task: int(torch.isfinite(values).sum()) for task, values in wanted.items()}
 
 
 def multitask_loss(
@@ -52,25 +67,30 @@ def multitask_loss(
     targets: Targets,
     tasks: TaskWeights,
     scales: LossScales,
+    counts: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the weighted loss of a batch, and the loss of each task.
 
     Each task is the mean of ``sqrt(1 + x²) - 1`` over the labels that are there, x being the
     scaled error: quadratic near zero, linear for outliers. A task without labels in this batch
-    contributes nothing.
+    contributes nothing. Where the batch is a part of a larger one, `counts` are the labels of
+    the whole (`label_counts`), so that the losses of its parts add up.
     """
     terms: dict[str, Tensor] = {}
-    n_atoms = graph.n_atoms_of_structure
-    if tasks.energy > 0:
-        terms["energy"] = _mean_error(prediction.energy, targets.energy, n_atoms * scales.energy)
-    if tasks.forces > 0 and prediction.forces is not None:
-        terms["forces"] = _mean_error(prediction.forces, targets.forces, scales.forces)
-    if tasks.stress > 0 and prediction.stress is not None:
-        terms["stress"] = _mean_error(prediction.stress, targets.stress, scales.stress)
-    if tasks.charges > 0 and potential.charge_head is not None:
-        output, wanted = _charges(potential, prediction, targets)
-        scale = potential.charge_head.get_buffer("scale")[potential.element_index[graph.numbers]]
-        terms["charges"] = _mean_error(output, wanted.to(output.dtype), scale)
+    for task in tasks.active:
+        output, wanted = getattr(prediction, task), getattr(targets, task)
+        if output is None:
+            continue
+        scale = getattr(scales, task, 1.0)
+        if task.endswith("energy"):
+            scale = graph.n_atoms_of_structure * scale
+        elif task == "charges":
+            assert potential.charge_head is not None
+            output, wanted = _charges(potential, prediction, targets)
+            elements = potential.element_index[graph.numbers]
+            scale = potential.charge_head.get_buffer("scale")[elements]
+        count = None if counts is None else counts[task]
+        terms[task] = _mean_error(output, wanted.to(output.dtype), scale, count)
     weights = {task: getattr(tasks, task) for task in terms}
     loss = sum(weight * terms[task].double() for task, weight in weights.items())
     loss = torch.as_tensor(loss) / sum(weights.values())
@@ -88,11 +108,12 @@ class ErrorSums:
     ) -> None:
         """Add a batch; missing labels do not count, NaN predictions make the errors NaN."""
         n_atoms = graph.n_atoms_of_structure
-        self._add("energy", prediction.energy / n_atoms, targets.energy / n_atoms)
-        if prediction.forces is not None:
-            self._add("forces", prediction.forces, targets.forces)
-        if prediction.stress is not None:
-            self._add("stress", prediction.stress, targets.stress)
+        for name in ("energy", "xtb_energy"):
+            if (output := getattr(prediction, name)) is not None:
+                self._add(name, output / n_atoms, getattr(targets, name) / n_atoms)
+        for name in ("forces", "stress", "xtb_forces"):
+            if (output := getattr(prediction, name)) is not None:
+                self._add(name, output, getattr(targets, name))
         if prediction.orbital_charges is not None:
             self._add("charges", *_charges(potential, prediction, targets))
 
@@ -123,11 +144,13 @@ def _charges(
     return output, wanted
 
 
-def _mean_error(output: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
+def _mean_error(
+    output: Tensor, targets: Tensor, scale: Tensor | float, count: int | None
+) -> Tensor:
     labelled = torch.isfinite(targets)
     # Select, do not multiply by zero: NaN times zero is NaN in the gradient.
     scaled = ((output - targets) / scale)[labelled]
-    return (torch.sqrt(1 + scaled**2) - 1).sum() / max(len(scaled), 1)
+    return (torch.sqrt(1 + scaled**2) - 1).sum() / max(len(scaled) if count is None else count, 1)
 
 
 def _spread(values: Tensor, *, centred: bool = False) -> float:

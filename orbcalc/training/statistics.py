@@ -51,22 +51,34 @@ def fit_statistics(
         [torch.bincount(g.numbers, minlength=119)[elements].double() for g in dataset.graphs]
     )
     energies = torch.cat([targets.energy for targets in dataset.targets])
-    labelled = torch.isfinite(energies)
+    forces = torch.cat([targets.forces for targets in dataset.targets])
+    xtb_energies = torch.cat([targets.xtb_energy for targets in dataset.targets])
+    xtb_forces = torch.cat([targets.xtb_forces for targets in dataset.targets])
+    n_atoms = counts.sum(1)
+    xtb_reference = _fit_energies(counts, xtb_energies)
+    xtb_residuals = xtb_energies - counts @ xtb_reference
+    # What is learned from the reference labels: the energy, or its difference from GFN1-xTB.
+    on_top = config.xtb_head == "baseline" and bool(
+        torch.isfinite(energies + xtb_energies).any() or torch.isfinite(forces + xtb_forces).any()
+    )
     if reference_energies is not None:
         reference = _given_energies(reference_energies, elements)
-    elif labelled.any():
-        reference = torch.linalg.lstsq(
-            counts[labelled], energies[labelled, None], driver="gelsd"
-        ).solution[:, 0]
+    elif on_top:
+        reference = xtb_reference + _fit_energies(counts, energies - xtb_energies)
     else:
-        reference = torch.zeros(len(elements), dtype=torch.float64)
+        reference = _fit_energies(counts, energies)
+    residuals = energies - counts @ reference
+    if on_top:
+        residuals, forces = residuals - xtb_residuals, forces - xtb_forces
     shift, scale = _charge_statistics(dataset, elements, config)
     return Statistics(
         reference_energies=reference,
-        energy_scale=_energy_scale(dataset, energies - counts @ reference, counts.sum(1)),
+        energy_scale=_energy_scale(forces, residuals, n_atoms),
         neighbor_scale=_neighbor_scale(dataset, config.cutoff),
         charge_shift=shift,
         charge_scale=scale,
+        xtb_reference_energies=None if config.xtb_head == "none" else xtb_reference,
+        xtb_energy_scale=_energy_scale(xtb_forces, xtb_residuals, n_atoms),
     )
 
 
@@ -81,6 +93,16 @@ def charge_targets(
     return torch.where(absent, torch.nan, torch.nan_to_num(blocks) @ basis)
 
 
+def _fit_energies(counts: Tensor, energies: Tensor) -> Tensor:
+    """Return the energy of each element by least squares; zero without labels."""
+    labelled = torch.isfinite(energies)
+    if not labelled.any():
+        return counts.new_zeros(counts.shape[1])
+    fit = torch.linalg.lstsq(counts[labelled], energies[labelled, None], driver="gelsd")
+    solution: Tensor = fit.solution[:, 0]
+    return solution
+
+
 def _given_energies(given: Mapping[str, float], elements: list[int]) -> Tensor:
     unknown = [symbol for symbol in given if symbol not in atomic_numbers]
     missing = [chemical_symbols[z] for z in elements if chemical_symbols[z] not in given]
@@ -92,9 +114,8 @@ def _given_energies(given: Mapping[str, float], elements: list[int]) -> Tensor:
     return torch.tensor([given[chemical_symbols[z]] for z in elements], dtype=torch.float64)
 
 
-def _energy_scale(dataset: LabelDataset, residuals: Tensor, n_atoms: Tensor) -> float:
+def _energy_scale(forces: Tensor, residuals: Tensor, n_atoms: Tensor) -> float:
     """Return the RMS of the force components (eV/Å x 1 Å), or of the energy left per sqrt(atom)."""
-    forces = torch.cat([targets.forces for targets in dataset.targets])
     forces = forces[torch.isfinite(forces)]
     left = (residuals / n_atoms.sqrt())[torch.isfinite(residuals)]
     for values in (forces, left):

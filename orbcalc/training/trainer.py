@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
 from orbcalc.graph import AtomGraph
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset, Targets
-from orbcalc.training.loss import ErrorSums, LossScales, active_properties, multitask_loss
+from orbcalc.training.loss import (
+    ErrorSums,
+    LossScales,
+    active_properties,
+    label_counts,
+    multitask_loss,
+)
 from orbcalc.training.state import TrainState
 
 __all__ = ["Report", "Trainer", "evaluate", "on_device", "resolve_device"]
@@ -75,7 +81,13 @@ class Trainer:
         self.state_path, self.report = state_path, report
         self.device = resolve_device(config.device)
         self.properties = active_properties(config.tasks)
-        self.batches_per_epoch = math.ceil(len(train) / config.optimizer.batch_size)
+        reference = train.labelled(config.tasks.reference)
+        cheap = sorted({*train.labelled(config.tasks.active)} - {*reference})
+        options = config.optimizer
+        #: What the structures of a step are drawn from, and how many from each.
+        self.sources = [(reference, options.batch_size), (cheap, options.cheap_batch_size)]
+        if not reference:
+            self.sources = [(cheap, options.batch_size)]
 
     def fit(self, make_potential: Callable[[], Potential]) -> Potential:
         """Train, or go on training, to the last step or an early stop.
@@ -115,33 +127,56 @@ class Trainer:
 
     def _step(self, state: TrainState, scales: LossScales) -> None:
         options = self.config.optimizer
-        graph, targets = self.train.batch(self._indices(state.step))
-        graph, targets = graph.to(self.device), targets.to(self.device)
         for group in state.optimizer.param_groups:
             group["lr"] = options.learning_rate * group["factor"] * self._schedule(state.step)
-        prediction = state.potential(graph, self.properties, create_graph=True)
-        loss, terms = multitask_loss(
-            state.potential, prediction, graph, targets, self.config.tasks, scales
-        )
-        if not math.isfinite(sum(terms.values())):
-            raise CheckpointError(
-                f"the loss is not finite at step {state.step} ({terms}). Lower "
-                f"optimizer.learning_rate, or look for wrong labels."
-            )
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts = [self.train.batch(part) for part in self.parts(self.indices(state.step))]
+        whole = Targets.batch([targets for _, targets in parts])
+        counts = label_counts(whole, state.potential.config)
+        for graph, targets in parts:
+            graph, targets = graph.to(self.device), targets.to(self.device)
+            prediction = state.potential(graph, self.properties, create_graph=True)
+            loss, terms = multitask_loss(
+                state.potential, prediction, graph, targets, self.config.tasks, scales, counts
+            )
+            if not math.isfinite(sum(terms.values())):
+                raise CheckpointError(
+                    f"the loss is not finite at step {state.step} ({terms}). Lower "
+                    f"optimizer.learning_rate, or look for wrong labels."
+                )
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(state.potential.parameters(), options.gradient_clip)
         state.optimizer.step()
         state.step += 1
         state.average(options.ema_decay)
 
-    def _indices(self, step: int) -> list[int]:
-        """Return the structures of a step: a new random order in each epoch."""
-        epoch, position = divmod(step, self.batches_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train))
-        size = self.config.optimizer.batch_size
-        chosen: list[int] = order[position * size : (position + 1) * size].tolist()
+    def indices(self, step: int) -> list[int]:
+        """Return the structures of a step: each source in a new random order in each epoch."""
+        chosen: list[int] = []
+        for number, (source, size) in enumerate(self.sources):
+            if not source or size == 0:
+                continue
+            epoch, position = divmod(step, math.ceil(len(source) / size))
+            order = np.random.default_rng([self.seed, epoch, number]).permutation(source)
+            chosen += order[position * size : (position + 1) * size].tolist()
         return chosen
+
+    def parts(self, indices: Sequence[int]) -> list[list[int]]:
+        """Divide the structures of a step into parts that are evaluated one after another.
+
+        Structures with similar numbers of neighbours go together, so that little is padded, and
+        no part has more edges than `optimizer.max_edges`, unless it is a single structure.
+        """
+        slots = {i: self.train.graphs[i].mask.shape for i in indices}
+        parts: list[list[int]] = []
+        n_atoms = 0
+        for i in sorted(indices, key=lambda i: (slots[i][1], i)):
+            n_atoms += slots[i][0]
+            if not parts or n_atoms * slots[i][1] > self.config.optimizer.max_edges:
+                parts.append([])
+                n_atoms = slots[i][0]
+            parts[-1].append(i)
+        return parts
 
     def _schedule(self, step: int) -> float:
         """Return the factor of the learning rate: linear warm-up, then half a cosine to 1 %."""
@@ -176,13 +211,9 @@ def evaluate(
     batch_size: int,
 ) -> tuple[float, dict[str, float]]:
     """Return the mean loss on a data set (reference labels if there are any), and all errors."""
-    dear = tasks.model_copy(update={"charges": 0.0})
-    if tasks.energy + tasks.forces + tasks.stress > 0 and any(
-        dataset.census()[task] for task in ("energy", "forces", "stress") if getattr(tasks, task)
-    ):
-        judged = dear
-    else:
-        judged = tasks
+    judged = tasks
+    if dataset.labelled(tasks.reference):
+        judged = tasks.model_copy(update=dict.fromkeys(set(tasks.active) - {*tasks.reference}, 0.0))
     sums, total, weight = ErrorSums(), 0.0, 0
     for graph, targets in on_device(dataset, batch_size, potential):
         prediction = potential(graph, active_properties(tasks))
