@@ -1,7 +1,9 @@
 """Dynamics with a trained model: whether its energy stays, and its molecule.
 
 First NVE, whose drift of the total energy is fitted by a line; then Langevin dynamics at a high
-temperature, in which no bond may break or form and no force may run away.
+temperature, in which no bond between heavy atoms may break or form, no hydrogen may come off and no
+force may run away. A hydrogen that goes from one heavy atom to another, as in an enol, is reported
+and no failure.
 """
 
 from __future__ import annotations
@@ -17,12 +19,10 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.data import covalent_radii
-from ase.geometry import find_mic
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
-from ase.neighborlist import neighbor_list
 from common import machine, write_json
 from matplotlib.axes import Axes
 from rich.console import Console
@@ -40,8 +40,8 @@ from orbcalc.report.style import (
     style_axes,
 )
 
-#: A bond is a pair closer than this many sums of covalent radii; it is broken beyond the second
-#: one. Between them a bond may stretch without ending.
+#: A bond is a pair closer than this many sums of covalent radii; it is broken from the second
+#: one on. Between them a bond may stretch without ending.
 BOND, BROKEN = 1.25, 1.5
 #: fs between two looks.
 LOOK = 20.0
@@ -62,12 +62,11 @@ def main() -> None:
         atoms.set_cell([0.0, 0.0, 0.0])  # a box around a molecule means nothing
     atoms.calc = OrbcalcCalculator(options.model, device=options.device, dtype=options.dtype)
     rng = np.random.default_rng(options.seed)
-    bonds = _bonds(atoms)
+    bonds = _Bonds(atoms)
     stability: dict[str, Any] = {
         "model": str(options.model),
         "start": str(options.start),
         "formula": atoms.get_chemical_formula(),
-        "bonds": len(bonds),
         "settings": {
             name: getattr(options, name)
             for name in (
@@ -130,21 +129,25 @@ def _nve(atoms: Atoms, options: argparse.Namespace, rng: np.random.Generator) ->
 
 
 def _langevin(
-    atoms: Atoms, bonds: np.ndarray, options: argparse.Namespace, rng: np.random.Generator
+    atoms: Atoms, bonds: _Bonds, options: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Heat the structure and watch its bonds and forces."""
     thermalize_momenta(atoms, options.langevin_temperature, rng=rng)
     dynamics = _langevin_dynamics(atoms, options, options.langevin_temperature, rng)
     changes: dict[str, float] = {}
+    transfers: dict[str, float] = {}
 
     def look(time_ps: float) -> None:
-        for name in _changed_bonds(atoms, bonds):
+        for name in bonds.changes(atoms):
             changes.setdefault(name, time_ps)
+        for name in bonds.transfers(atoms):
+            transfers.setdefault(name, time_ps)
 
     found = _follow(dynamics, options.langevin_ps, options, "Langevin", look)
     largest = max(found["max_force"], default=float("nan"))
     return {
         "changed_bonds": changes,
+        "hydrogen_transfers": transfers,
         "largest_force": largest,
         "mean_temperature": float(np.mean(found["temperature"])),
         "is_stable": not changes and "failure" not in found and largest <= options.max_force,
@@ -205,25 +208,58 @@ def _largest_force(atoms: Atoms) -> float:
 
 
 # ------------------------------------------------------------------------------- bonds
-def _bonds(atoms: Atoms, factor: float = BOND) -> np.ndarray:
-    """Return the pairs that are bonded by their covalent radii, (n_bonds, 2)."""
-    radii = factor * covalent_radii[atoms.numbers]
-    i, j = neighbor_list("ij", atoms, radii)
-    pairs: np.ndarray = np.unique(np.stack([i, j], 1)[i < j], axis=0)
-    return pairs
+class _Bonds:
+    """The bonds of a structure, by covalent radii, and what becomes of them."""
+
+    def __init__(self, atoms: Atoms) -> None:
+        self.hydrogens = np.flatnonzero(atoms.numbers == 1)
+        self.heavy = np.flatnonzero(atoms.numbers != 1)
+        distances = _relative_distances(atoms)
+        self.skeleton = self._pairs(distances < BOND)
+        self.hosts = self._hosts(distances)
+
+    def changes(self, atoms: Atoms) -> list[str]:
+        """Name bonds of heavy atoms that have broken or are new, and hydrogens that came off."""
+        distances = _relative_distances(atoms)
+        broken = self.skeleton - self._pairs(distances < BROKEN)
+        new = self._pairs(distances < BOND) - self.skeleton
+        lost = [
+            (int(h), host)
+            for h, host in zip(self.hydrogens, self._hosts(distances), strict=True)
+            if distances[h, host] >= BROKEN
+        ]
+        kinds = (("broken", sorted(broken)), ("new", sorted(new)), ("broken", lost))
+        return [f"{kind}: {_name(atoms, *pair)}" for kind, pairs in kinds for pair in pairs]
+
+    def transfers(self, atoms: Atoms) -> list[str]:
+        """Name hydrogens that are nearer to another heavy atom than to the first one's."""
+        hosts = self._hosts(_relative_distances(atoms))
+        return [
+            f"{_name(atoms, int(h), old)} to {_name(atoms, int(h), new)}"
+            for h, old, new in zip(self.hydrogens, self.hosts, hosts, strict=True)
+            if old != new
+        ]
+
+    def _pairs(self, bonded: np.ndarray) -> set[tuple[int, int]]:
+        i, j = np.nonzero(np.triu(bonded[np.ix_(self.heavy, self.heavy)], 1))
+        return set(zip(self.heavy[i].tolist(), self.heavy[j].tolist(), strict=True))
+
+    def _hosts(self, distances: np.ndarray) -> list[int]:
+        """Return the nearest heavy atom of each hydrogen."""
+        nearest = distances[np.ix_(self.hydrogens, self.heavy)].argmin(1)
+        hosts: list[int] = self.heavy[nearest].tolist()
+        return hosts
 
 
-def _changed_bonds(atoms: Atoms, bonds: np.ndarray) -> list[str]:
-    """Name the bonds that have broken, and those that are new."""
-    i, j = bonds.T
-    _, lengths = find_mic(atoms.positions[j] - atoms.positions[i], atoms.cell, atoms.pbc)
-    limits = BROKEN * (covalent_radii[atoms.numbers[i]] + covalent_radii[atoms.numbers[j]])
-    known = set(map(tuple, bonds.tolist()))
-    new = [pair for pair in map(tuple, _bonds(atoms).tolist()) if pair not in known]
-    names = [("broken", pair) for pair in bonds[lengths > limits].tolist()]
-    names += [("new", pair) for pair in new]
-    symbols = atoms.get_chemical_symbols()
-    return [f"{kind}: {symbols[a]}{a}-{symbols[b]}{b}" for kind, (a, b) in names]
+def _relative_distances(atoms: Atoms) -> np.ndarray:
+    """Return all distances in sums of covalent radii, (n_atoms, n_atoms)."""
+    radii = covalent_radii[atoms.numbers]
+    relative: np.ndarray = atoms.get_all_distances(mic=atoms.pbc.any()) / (radii[:, None] + radii)
+    return relative
+
+
+def _name(atoms: Atoms, a: int, b: int) -> str:
+    return f"{atoms.symbols[a]}{a}-{atoms.symbols[b]}{b}"
 
 
 # ------------------------------------------------------------------------------ report
@@ -239,8 +275,8 @@ def _report(stability: dict[str, Any]) -> None:
         f"Langevin: {verdict}; largest force {hot['largest_force']:.3g} eV/Å, "
         f"{len(hot['changed_bonds'])} bonds broken or new, {hot['mean_temperature']:.0f} K"
     )
-    for name, time_ps in hot["changed_bonds"].items():
-        console.print(f"  {name} at {time_ps:g} ps")
+    for name, time_ps in {**hot["changed_bonds"], **hot["hydrogen_transfers"]}.items():
+        console.print(f"  {name}, first at {time_ps:g} ps")
     for part in (nve, hot):
         if "failure" in part:
             console.print(f"ended early: {part['failure']}")
