@@ -25,7 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from orbcalc.config import dump_config
-from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_METHOD, XTB_SHELLS
+from orbcalc.properties import (
+    REF_ENERGY,
+    REF_FORCES,
+    XTB_BLOCKS,
+    XTB_ENERGY,
+    XTB_FORCES,
+    XTB_METHOD,
+    XTB_SHELLS,
+)
 from orbcalc.structures import structure_key
 
 #: Steps of training that are timed to plan how many epochs the time allows.
@@ -41,8 +49,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("train", "valid", "test"):
         _write_once(options.out / f"{name}.extxyz", [_bare(a) for a in getattr(data, name)])
-    if model.package == "orbcalc" and options.charges:
-        _add_charges(options.out, data.name)
+    if model.package == "orbcalc" and (options.charges or options.pool):
+        cache = options.out.parent / f"{data.name}_charges.extxyz"
+        _add_charges(options.out / "train.extxyz", cache)
+    if options.pool:
+        pool = [Atoms(a.numbers, a.positions) for a in ase.io.iread(options.pool, ":")]
+        _write_once(options.out / "pool.extxyz", pool)
+        _add_charges(options.out / "pool.extxyz", options.out.parent / f"{data.name}_pool.extxyz")
     plan = _plan(options, model, data)
     progress = _train(options, model, plan)
     result = {**plan, **_summary(progress), **_test(options, model)}
@@ -71,6 +84,12 @@ def _options() -> argparse.Namespace:
         help="orbcalc also learns GFN1-xTB orbital charges of the training structures",
     )
     parser.add_argument(
+        "--pool",
+        type=Path,
+        help="structures for which orbcalc has GFN1-xTB labels only (see md_pool.py); "
+        "their energies and forces are learned as a baseline",
+    )
+    parser.add_argument(
         "--option",
         action="append",
         default=[],
@@ -95,23 +114,22 @@ def _write_once(path: Path, structures: Sequence[Atoms]) -> None:
         ase.io.write(path, structures, format="extxyz")
 
 
-def _add_charges(folder: Path, name: str) -> None:
-    """Label the training structures; labels are kept beside the run folder, for other runs."""
-    path = folder / "train.extxyz"
+def _add_charges(path: Path, cache: Path) -> None:
+    """Label structures with GFN1-xTB; labels are kept beside the run folder, for other runs."""
     structures = list(ase.io.iread(path, ":"))
-    cache = (folder.parent / f"{name}_charges.extxyz").resolve()
     labelled = _by_key(cache)
     if not all(structure_key(atoms) in labelled for atoms in structures):
         command = "from orbcalc.cli import main; main()"
-        arguments = ["label", str(path), "-o", str(cache), "--reference", "none"]
+        arguments = ["label", str(path), "-o", str(cache.resolve()), "--reference", "none"]
         subprocess.run([sys.executable, "-c", command, *arguments], check=True)
         labelled = _by_key(cache)
     for atoms in structures:
         found = labelled[structure_key(atoms)]
         if XTB_BLOCKS in found.arrays:  # a failed label is missing
-            for key in (XTB_BLOCKS, XTB_SHELLS):
+            for key in (XTB_BLOCKS, XTB_SHELLS, XTB_FORCES):
                 atoms.arrays[key] = found.arrays[key]
-            atoms.info[XTB_METHOD] = found.info[XTB_METHOD]
+            for key in (XTB_ENERGY, XTB_METHOD):
+                atoms.info[key] = found.info[key]
     ase.io.write(path, structures, format="extxyz")
 
 
@@ -130,6 +148,7 @@ def _plan(options: argparse.Namespace, model: Model, data: DataSet) -> dict[str,
         "set": data.name,
         "seed": options.seed,
         "charges": options.charges and model.package == "orbcalc",
+        "pool": str(options.pool) if options.pool else None,
         "device": options.device,
         "options": options.option,
     }
@@ -161,7 +180,14 @@ def _settings(
     options: argparse.Namespace, model: Model, data: DataSet, epochs: int
 ) -> str | list[str]:
     """Return what the worker is to train with; a copy for people is written beside it."""
-    chosen = Recipe(epochs, options.seed, options.device, options.charges, tuple(options.option))
+    chosen = Recipe(
+        epochs,
+        options.seed,
+        options.device,
+        options.charges,
+        options.pool is not None,
+        tuple(options.option),
+    )
     if model.package == "orbcalc":
         config = orbcalc_config(model, data, chosen)
         (options.out / "config.yaml").write_text(dump_config(config), encoding="utf-8")

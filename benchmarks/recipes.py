@@ -27,6 +27,8 @@ class Recipe:
     device: str
     charges: bool
     """Whether orbcalc learns orbital charges as well."""
+    pool: bool
+    """Whether it learns from a pool of structures that have cheap labels only."""
     options: tuple[str, ...] = ()
     """KEY=VALUE, of a configuration of orbcalc or a command line of MACE."""
 
@@ -34,13 +36,16 @@ class Recipe:
 def orbcalc_config(model: Model, data: DataSet, recipe: Recipe) -> TrainConfig:
     """Return the defaults of orbcalc, with as many steps as the epochs have."""
     tree: dict[str, Any] = {
-        "train": "train.extxyz",
+        "train": ["train.extxyz", "pool.extxyz"] if recipe.pool else "train.extxyz",
         "valid": "valid.extxyz",
         "output": "model.orbcalc",
         "seed": recipe.seed,
         "device": recipe.device,
-        "potential": model.architecture,
-        "tasks": {} if recipe.charges else {"charges": 0.0},
+        "potential": {**model.architecture, **({"xtb_head": "baseline"} if recipe.pool else {})},
+        "tasks": {
+            **({} if recipe.charges else {"charges": 0.0}),
+            **({"xtb_energy": 1.0, "xtb_forces": 30.0} if recipe.pool else {}),
+        },
         "optimizer": {},
         "reference_energies": data.atom_energies,
     }

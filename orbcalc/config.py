@@ -191,7 +191,11 @@ class OptimizerConfig(StrictModel):
     """Adam with a cosine schedule and an exponential moving average (EMA) of the weights."""
 
     learning_rate: float = Field(default=1e-2, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(
+        default=0.01,
+        ge=0,
+        description="of matrices; each step they lose learning_rate x weight_decay of their size",
+    )
     batch_size: int = Field(
         default=8, ge=1, description="structures with reference labels in each step"
     )

@@ -24,6 +24,7 @@ from orbcalc.graph import AtomGraph
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential, Statistics
+from orbcalc.properties import REF_ENERGY
 from orbcalc.structures import read_structures
 from orbcalc.training.state import TrainState
 
@@ -168,8 +169,9 @@ def _saved_step(config: TrainConfig) -> int:
 
 
 def _batches(config: TrainConfig) -> int:
-    """Return the number of batches of an epoch."""
-    return math.ceil(len(read_structures(config.train)) / config.optimizer.batch_size)
+    """Return the number of batches of an epoch: once through the reference labels."""
+    count = sum(REF_ENERGY in atoms.info for atoms in read_structures(config.train))
+    return math.ceil(count / config.optimizer.batch_size)
 
 
 if __name__ == "__main__":

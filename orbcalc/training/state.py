@@ -130,7 +130,8 @@ def _adam(potential: Potential, config: OptimizerConfig) -> torch.optim.Optimize
     """Return Adam with a step for each matrix that falls with the root of its inputs.
 
     A step of Adam changes every weight alike, so the change of an output grows with the number
-    of inputs; this keeps one learning rate good for all widths (Yang 2022, 2203.03466).
+    of inputs; this keeps one learning rate good for all widths (Yang 2022, 2203.03466). Matrices
+    decay (Loshchilov 2019, 1711.05101), all at the same rate; biases and embeddings do not.
     """
     fan_in = {}
     for module in potential.modules():
@@ -142,10 +143,16 @@ def _adam(potential: Potential, config: OptimizerConfig) -> torch.optim.Optimize
     for parameter in potential.parameters():
         groups.setdefault(fan_in.get(parameter, 1), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": group, "factor": 1 / math.sqrt(n)} for n, group in sorted(groups.items())],
+        [
+            {
+                "params": group,
+                "factor": 1 / math.sqrt(n),
+                "weight_decay": config.weight_decay * math.sqrt(n) if n > 1 else 0.0,
+            }
+            for n, group in sorted(groups.items())
+        ],
         lr=config.learning_rate,
         betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
         foreach=True,
     )
 
