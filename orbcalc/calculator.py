@@ -62,9 +62,9 @@ class OrbcalcCalculator(Calculator):
     -----
     Energy (eV, total energy of the reference method), forces (eV/Å), stress (eV/Å³, Voigt xx yy
     zz yz xz xy), atomic charges (e), ``orbital_charges`` on demand (list of one array for each
-    atom, tblite's AO order). A committee adds ``energy_uncertainty`` (eV) and
-    ``forces_uncertainty`` (n_atoms, eV/Å), one calibrated standard deviation each, to
-    ``results``. Total charge and multiplicity are read from ``atoms.info``.
+    atom, tblite's AO order). ``energy_uncertainty`` (eV) and ``forces_uncertainty`` (n_atoms,
+    eV/Å) are one calibrated standard deviation each: from the spread of a committee, or from the
+    last layer of a single potential. Total charge and multiplicity are read from ``atoms.info``.
 
     Examples
     --------
@@ -179,8 +179,8 @@ def predict(
     structures
         ASE Atoms, or pymatgen structures and molecules.
     properties
-        Any of energy, forces, stress, charges, orbital_charges, features; energy and, from a
-        committee, uncertainties are always there.
+        Any of energy, forces, stress, charges, orbital_charges, features; energy and
+        uncertainties are always there.
     on_error
         "raise", or "skip": a structure that cannot be computed has an empty result.
 
@@ -232,9 +232,9 @@ def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:
         raise PropertyNotImplementedError(
             "this model was trained without charges; train it with `tasks: {charges: 1}`"
         )
-    if len(model.members) == 1 and any("uncertainty" in name for name in properties):
+    if not model.has_uncertainty and any("uncertainty" in name for name in properties):
         raise PropertyNotImplementedError(
-            "one potential has no uncertainty; train a committee (committee: 2 or more)"
+            "this model has no uncertainty: its training had no energies to measure it by"
         )
 
 

@@ -1,4 +1,7 @@
-"""Several potentials as one: their mean predicts, their spread says how sure it is."""
+"""Several potentials as one: their mean predicts, their spread says how sure it is.
+
+A single potential says it by the rigidity of its last layer.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ __all__ = ["Calibration", "Committee", "CommitteePrediction"]
 class Calibration:
     """Factors that turn the spread of the members into one standard deviation of the error.
 
-    They are measured on structures that no member was trained on; 1 means not calibrated.
+    For a single member it is not their spread, but the rigidity of its last layer. They are
+    measured on structures that no member was trained on; 1 means not calibrated.
     """
 
     energy: float = 1.0
@@ -30,7 +34,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CommitteePrediction(Prediction):
-    """Mean of the members, and what their spread says; None for a committee of one."""
+    """Mean of the members, and how sure they are; None for one that does not know."""
 
     energy_uncertainty: Float[Tensor, " n_structures"] | None = None
     """One standard deviation, eV."""
@@ -79,6 +83,11 @@ class Committee(nn.Module):
         return member
 
     @property
+    def has_uncertainty(self) -> bool:
+        """Whether it can tell how sure it is: several members, or one that was calibrated."""
+        return len(self.members) > 1 or self.first.knows_rigidity
+
+    @property
     def cutoff(self) -> float:
         """Cutoff of all members, Å."""
         return self.first.config.cutoff
@@ -87,6 +96,9 @@ class Committee(nn.Module):
         self, graph: AtomGraph, properties: Collection[str] = ("energy",)
     ) -> CommitteePrediction:
         """Evaluate all members; see `Potential.forward` for the properties."""
+        alone = len(self.members) == 1
+        if alone and self.has_uncertainty:
+            properties = [*properties, "rigidity"]
         predictions: list[Prediction] = [member(graph, properties) for member in self.members]
         result = CommitteePrediction(
             _mean(p.energy for p in predictions),
@@ -96,14 +108,24 @@ class Committee(nn.Module):
                 if field.name != "energy" and getattr(predictions[0], field.name) is not None
             },
         )
-        if len(predictions) == 1:
-            return result
+        if alone:
+            return self._with_rigidity(result)
         energies = torch.stack([p.energy for p in predictions])
         result = replace(result, energy_uncertainty=energies.std(0) * self.calibration.energy)
         if result.forces is not None:
             forces = torch.stack([p.forces for p in predictions if p.forces is not None])
             spread = forces.var(0).sum(-1).sqrt() / math.sqrt(3)
             result = replace(result, forces_uncertainty=spread * self.calibration.forces)
+        return result
+
+    def _with_rigidity(self, result: CommitteePrediction) -> CommitteePrediction:
+        energy, forces = result.energy_rigidity, result.atom_rigidity
+        if energy is None or forces is None:
+            return result
+        result = replace(result, energy_uncertainty=energy.double() * self.calibration.energy)
+        if result.forces is not None:
+            forces = forces.double() * self.calibration.forces
+            result = replace(result, forces_uncertainty=forces)
         return result
 
 

@@ -19,25 +19,27 @@ __all__ = ["EnergyHead", "InvariantChargeHead", "OrbitalBlockHead"]
 class EnergyHead(nn.Module):
     """Energy of each atom beyond its reference energy, in units of the energy scale.
 
-    It is a sum over layers, and vanishes for an atom that has no neighbours in a neutral
-    singlet, so that such an atom has exactly its reference energy.
+    A linear readout of the scalars of all layers, of a hidden layer on top of the last ones, and
+    of charge and spin. All of them vanish for an atom that has no neighbours in a neutral singlet,
+    so that such an atom has exactly its reference energy.
     """
 
     def __init__(self, channels: int, n_layers: int) -> None:
         super().__init__()
-        self.linear = nn.ModuleList(nn.Linear(channels, 1, bias=False) for _ in range(n_layers))
-        self.last = mlp(channels, channels, 1, bias=False)
-        self.electrons = nn.Linear(channels, 1, bias=False)
-        for layer in (*self.linear, self.electrons):
-            nn.init.normal_(layer.weight, std=0.3 / math.sqrt(channels))
+        self.hidden = nn.Linear(channels, channels, bias=False)
+        self.readout = nn.Linear((n_layers + 2) * channels, 1, bias=False)
+        nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(channels))
+        nn.init.normal_(self.readout.weight, std=0.3 / math.sqrt(channels))
 
     def forward(self, features: NodeFeatures) -> Float[Tensor, " n_atoms"]:
         """Evaluate the energies."""
-        energy = self.last(features.updates[-1]) + self.electrons(features.embedding)
-        for layer, update in zip(self.linear, features.updates, strict=True):
-            energy = energy + layer(update)
-        total: Tensor = energy.squeeze(-1)
-        return total
+        energy: Tensor = self.readout(self.last_layer(features)).squeeze(-1)
+        return energy
+
+    def last_layer(self, features: NodeFeatures) -> Float[Tensor, "n_atoms n_last"]:
+        """Return what the energy is a linear function of."""
+        hidden = nn.functional.silu(self.hidden(features.updates[-1]))
+        return torch.cat([*features.updates, hidden, features.embedding], dim=-1)
 
 
 class OrbitalBlockHead(nn.Module):

@@ -61,6 +61,10 @@ class Prediction:
     """What GFN1-xTB would give, eV, float64."""
     xtb_forces: Float[Tensor, "n_atoms 3"] | None = None
     """eV/Å."""
+    energy_rigidity: Float[Tensor, " n_structures"] | None = None
+    atom_rigidity: Float[Tensor, " n_atoms"] | None = None
+    """How far the last layer of a structure, and of each atom, is from those of the training set;
+    uncertainties up to a factor. See `training.calibration`."""
     features: Float[Tensor, "n_structures channels"] | None = None
     """Mean over atoms of the last scalar update: where a structure lies in the latent space."""
 
@@ -115,6 +119,8 @@ class Potential(nn.Module):
                 statistics.charge_shift,
                 statistics.charge_scale,
             )
+        n_last = self.energy_head.readout.in_features
+        self.register_buffer("whitening", torch.zeros(n_last, n_last))
         diagonal = torch.as_tensor(diagonal_basis(), dtype=torch.float64)
         self.register_buffer("diagonal", diagonal, persistent=False)
         self.to(dtype)
@@ -129,6 +135,11 @@ class Potential(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
         return self.backbone.elements.weight.dtype
+
+    @property
+    def knows_rigidity(self) -> bool:
+        """Whether the potential can tell how sure it is; see `training.calibration`."""
+        return bool(self.get_buffer("whitening").any())
 
     @property
     def n_charge_components(self) -> int:
@@ -165,8 +176,8 @@ class Potential(nn.Module):
         graph
             A batch; pairs beyond the cutoff may be present.
         properties
-            Any of energy (always given), forces, stress, charges, features, xtb_energy,
-            xtb_forces. Charges cost nothing unless asked for.
+            Any of energy (always given), forces, stress, charges, features, rigidity,
+            xtb_energy, xtb_forces. Charges cost nothing unless asked for.
         create_graph
             Keep forces and stress differentiable, for training on them.
 
@@ -195,6 +206,8 @@ class Potential(nn.Module):
                 in_parts=graph.n_atoms > 2 * PART_ATOMS and not create_graph,
             )
             found = self._charges(nodes, elements, graph) if with_charges else {}
+            if "rigidity" in properties:
+                found |= self._rigidity(nodes, graph)
             atomic = self.energy_head(nodes).double() * self.energy_scale
             if self.xtb_head is not None:
                 xtb = self.xtb_head(nodes).double() * self.xtb_energy_scale
@@ -220,6 +233,13 @@ class Potential(nn.Module):
             return Prediction(energy.detach(), **{k: v.detach() for k, v in found.items()})
         return Prediction(energy, **found)
 
+    def last_layer(self, graph: AtomGraph) -> Float[Tensor, "n_structures n_last"]:
+        """Return what the energy of each structure beyond lone atoms is a linear function of."""
+        elements = self.element_index[graph.numbers]
+        with torch.no_grad():
+            nodes = self.backbone(graph.edge_vectors().to(self.dtype), elements, graph, 0)
+            return graph.sum_over_atoms(self.energy_head.last_layer(nodes))
+
     def check_elements(self, numbers: Iterable[int]) -> None:
         """Refuse atomic numbers that the potential does not cover.
 
@@ -237,6 +257,14 @@ class Potential(nn.Module):
                     f"atom {index} is {symbol}, but this potential covers {known}. "
                     f"Use a potential that was trained on {symbol}."
                 )
+
+    def _rigidity(self, nodes: NodeFeatures, graph: AtomGraph) -> dict[str, Tensor]:
+        """Return norms of the whitened last layer."""
+        white = self.energy_head.last_layer(nodes).detach() @ self.get_buffer("whitening")
+        return {
+            "energy_rigidity": graph.sum_over_atoms(white).norm(dim=-1),
+            "atom_rigidity": white.norm(dim=-1),
+        }
 
     def _charges(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph

@@ -137,8 +137,8 @@ def finish_training(
         member, _ = load_model(_member_path(config, number), device=device, dtype=dtype)
         members.append(member.first)
     sets = sets or _read_sets(config)
-    _, valid_set = _datasets(config, sets)
-    committee = calibrate(Committee(members), valid_set)
+    train_set, valid_set = _datasets(config, sets)
+    committee = calibrate(Committee(members), train_set, valid_set)
     save_model(
         config.output,
         committee,

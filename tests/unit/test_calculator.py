@@ -247,7 +247,7 @@ def test_errors_are_those_of_ase(single, without_charges):
         molecule.get_stress()
     with pytest.raises(PropertyNotImplementedError, match="committee: 2 or more"):
         molecule.calc.get_property("energy_uncertainty", molecule)
-    with pytest.raises(PropertyNotImplementedError, match="one potential has no uncertainty"):
+    with pytest.raises(PropertyNotImplementedError, match="this model has no uncertainty"):
         molecule.calc.get_property("forces_uncertainty", molecule)
     with pytest.raises(PropertyNotImplementedError):
         molecule.get_dipole_moment()
@@ -504,7 +504,7 @@ def test_properties_that_cannot_be_predicted(single, without_charges):
     batch = [structures.water()]
     with pytest.raises(PropertyNotImplementedError, match="trained without charges"):
         predict(without_charges, batch, ["charges"])
-    with pytest.raises(PropertyNotImplementedError, match="one potential has no uncertainty"):
+    with pytest.raises(PropertyNotImplementedError, match="this model has no uncertainty"):
         predict(single, batch, ["energy_uncertainty"])
     with pytest.raises(PropertyNotImplementedError, match="no property 'force'; known are charges"):
         predict(single, batch, ["force"])

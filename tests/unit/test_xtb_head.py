@@ -81,7 +81,7 @@ def test_the_energy_contains_the_baseline(make_potential: MakePotential) -> None
         potential = make_potential(xtb_head=kind)
         before = potential(graph, ("xtb_energy",))
         with torch.no_grad():
-            potential.xtb_head.linear[0].weight.add_(0.1)
+            potential.xtb_head.readout.weight.add_(0.1)
         after = potential(graph, ("xtb_energy",))
         moved = float((after.xtb_energy - before.xtb_energy).detach())
         assert abs(moved) > 1e-3
