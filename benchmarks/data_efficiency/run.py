@@ -6,6 +6,7 @@ Several calls may work in one folder at a time: each takes runs that nobody has.
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,9 +21,10 @@ from files import read_json, write_json
 from labelling import Labelling, add_labels
 from report import write_report
 from rich.console import Console
-from sets import SETS, DataSet, Limits, load_set
+from sets import SETS, WITH_DFT_CHARGES, DataSet, Limits, load_set
 from training import Run, Settings, perform
 
+from orbcalc.errors import OrbcalcError
 from orbcalc.properties import XTB_ENERGY
 
 console = Console(soft_wrap=True, highlight=False)
@@ -49,15 +51,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     helpers = [subprocess.Popen(_command(options)) for _ in range(options.jobs - 1)]
     data, labels = _labelled_set(options)
-    left = _perform(runs, options, data, labels, settings)
+    _perform(runs, options.out, data, labels, settings)
     for helper in helpers:
         helper.wait()
+    if options.helper:
+        return
     if options.sweep:
         _choose_weights(options.out, runs)
-    elif not options.helper:
+    else:
         write_report(options.out)
-    if left:
-        console.print(f"{left} runs were left to other calls, or failed")
+    if left := sum(run.result(options.out) is None for run in runs):
+        console.print(f"{left} of {len(runs)} runs failed, or other calls are still at them")
 
 
 def _options() -> argparse.Namespace:
@@ -129,10 +133,11 @@ def _limits(options: argparse.Namespace) -> Limits:
 # -------------------------------------------------------------------------------- runs
 def _runs(options: argparse.Namespace) -> list[Run]:
     """List the runs, those of a seed together: the first results show all arms."""
+    arms = [a for a in options.arms if options.set in WITH_DFT_CHARGES or not ARMS[a].dft]
     if options.sweep:
         return [
             Run(arm, options.sizes[0], options.seeds[0], weight)
-            for arm in options.arms
+            for arm in arms
             if ARMS[arm].tasks
             for weight in SWEEP
         ]
@@ -141,46 +146,44 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         Run(arm, size, seed, weights.get(arm, 1.0))
         for seed in options.seeds
         for size in options.sizes
-        for arm in options.arms
+        for arm in arms
     ]
 
 
 def _perform(
-    runs: Sequence[Run],
-    options: argparse.Namespace,
-    data: DataSet,
-    labels: Labelling,
-    settings: Settings,
-) -> int:
-    """Do all runs that nobody else does; returns how many are not done."""
-    left = 0
+    runs: Sequence[Run], out: Path, data: DataSet, labels: Labelling, settings: Settings
+) -> None:
+    """Do all runs that nobody else does; one that fails does not stop the others."""
     for number, run in enumerate(runs):
         console.print(
             f"{number + 1}/{len(runs)}: arm {run.arm} ({ARMS[run.arm].text}), {run.size} labels, "
             f"seed {run.seed}, weight {run.weight:g}"
         )
-        if not perform(run, options.out, data, labels, settings):
-            left += 1
-            continue
-        result = run.result(options.out)
-        assert result is not None
-        console.print(f"    test MAE {result['test']['energy_meV_mae']:.4g} meV")
-    return left
+        try:
+            perform(run, out, data, labels, settings)
+        except OrbcalcError as error:
+            console.print(f"    failed: {error}")
+        if (result := run.result(out)) is not None:
+            console.print(f"    test MAE {result['test']['energy_meV_mae']:.4g} meV")
 
 
 def _labelled_set(options: argparse.Namespace) -> tuple[DataSet, Labelling]:
-    """Read the set with its GFN1 labels; test structures without them are left out."""
+    """Read the set with its GFN1 labels; all arms are judged by structures that have them."""
     data = load_set(options.data, options.set, _limits(options))
     valid = data.validation(max(options.sizes))
     store = options.labels or options.out / "labels.db"
     labels = add_labels([*data.pool, *valid, *data.test], store, options.threads)
-    test = [atoms for atoms in data.test if XTB_ENERGY in atoms.info]
+    judging = {
+        name: [atoms for atoms in structures if XTB_ENERGY in atoms.info]
+        for name, structures in (("valid", valid), ("test", data.test))
+    }
+    left_out = len(valid) + len(data.test) - sum(map(len, judging.values()))
     console.print(
-        f"{data.name}, {data.split}: {len(data.pool)} in the pool, {len(data.valid)} for "
-        f"validation at most, {len(test)} for the test; {labels.failed} GFN1-xTB labels failed, "
-        f"{len(data.test) - len(test)} of them of test structures, which are left out"
+        f"{data.name}, {data.split}: {len(data.pool)} in the pool, {len(judging['valid'])} for "
+        f"validation at most, {len(judging['test'])} for the test; {labels.failed} GFN1-xTB "
+        f"labels failed, {left_out} of them for validation or test, which go without"
     )
-    return replace(data, test=test), labels
+    return replace(data, **judging), labels
 
 
 # ----------------------------------------------------------------------------- weights
@@ -217,7 +220,8 @@ def _print_plan(runs: Sequence[Run], out: Path, settings: Settings) -> None:
     measured: dict[str, list[float]] = {}
     for path in out.glob("runs/*/result.json"):
         result = read_json(path)
-        measured.setdefault(result["arm"], []).append(result["ms_per_step"])
+        if math.isfinite(result["ms_per_step"]):
+            measured.setdefault(result["arm"], []).append(result["ms_per_step"])
     total = 0.0
     for run in runs:
         if run.result(out) is not None:

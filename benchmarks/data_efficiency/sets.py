@@ -19,12 +19,23 @@ from ase.units import Hartree
 
 from orbcalc.properties import REF_ENERGY
 
-__all__ = ["DFT_CHARGES", "SETS", "DataSet", "Limits", "barrier_pairs", "load_set"]
+__all__ = [
+    "DFT_CHARGES",
+    "SETS",
+    "WITH_DFT_CHARGES",
+    "DataSet",
+    "Limits",
+    "barrier_pairs",
+    "load_set",
+]
 
 #: Per-atom array with the charges of the expensive method, e.
 DFT_CHARGES = "DFT_charges"
 
 SETS = ("qm9", "hydroform22", "vaska")
+
+#: Those with `DFT_CHARGES`.
+WITH_DFT_CHARGES = ("qm9", "vaska")
 
 #: Of the permutation that cuts a set.
 _SPLIT_SEED = 1
@@ -143,7 +154,7 @@ def _load_qm9(path: Path, limits: Limits) -> DataSet:
 
 def _read(path: Path) -> list[Atoms]:
     with gzip.open(path, "rt") as file:
-        text = StringIO(file.read())  # the reader goes to and fro, which is slow in a gzip file
+        text = StringIO(file.read())  # the reader jumps about, which is slow in a gzip file
     structures = list(ase.io.iread(text, ":", format="extxyz"))
     for atoms in structures:
         atoms.calc = None

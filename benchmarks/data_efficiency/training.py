@@ -114,7 +114,7 @@ def _train_and_test(
         "settings": asdict(settings),
         "config": config.model_dump(mode="json", include={"potential", "tasks", "optimizer"}),
         "labels": {task: census[task] for task in ("energy", *arm.tasks)},
-        "cpu_seconds_of_labels": sum(labels.seconds[key] for key in used),
+        "seconds_of_labels": sum(labels.seconds[key] for key in used),
         "parameters": sum(p.numel() for p in potential.parameters()),
         "seconds_of_training": log.seconds_per_step() * config.optimizer.steps,
         "ms_per_step": 1e3 * log.seconds_per_step(),
@@ -231,7 +231,6 @@ def _errors(potential: Potential, arm: Arm, structures: Sequence[Atoms]) -> dict
 
 
 def _mean_errors(name: str, errors: np.ndarray) -> dict[str, float]:
-    errors = errors[np.isfinite(errors)]
     return {
         f"{name}_mae": float(np.abs(errors).mean()),
         f"{name}_rmse": float(np.sqrt((errors**2).mean())),
