@@ -69,7 +69,8 @@ class DataSet:
     def labelled(self, size: int, seed: int) -> list[int]:
         """Return which structures of the pool a run gets expensive labels of.
 
-        Those of a smaller size are among those of a larger one with the same seed.
+        Those of a smaller size are among those of a larger one with the same seed. The first
+        ones bring every element of the pool, so that all test structures can be predicted.
 
         Raises
         ------
@@ -78,7 +79,13 @@ class DataSet:
         """
         if size > len(self.pool):
             raise ValueError(f"the pool of {self.name} has {len(self.pool)} structures, not {size}")
-        return _grouped_order(self.pool, np.random.default_rng([_SPLIT_SEED, seed]))[:size]
+        order = _grouped_order(self.pool, np.random.default_rng([_SPLIT_SEED, seed]))
+        first, seen = [], set[int]()
+        for index in order:
+            if not _elements(self.pool[index]) <= seen:
+                first.append(index)
+                seen |= _elements(self.pool[index])
+        return list(dict.fromkeys([*first, *order]))[:size]
 
     def validation(self, size: int) -> list[Atoms]:
         """Return the structures that a run of this size is validated with: 10 %, at least 50."""
@@ -109,11 +116,14 @@ def load_set(folder: Path, name: str, limits: Limits) -> DataSet:
     part = {group: rank / len(groups) for rank, group in enumerate(groups)}
     ranked = [(part[_group(structures[i])], structures[i]) for i in order]
     kind = "catalyst" if name == "hydroform22" else "complex"
+    pool = [atoms for rank, atoms in ranked if rank >= 0.3][: limits.pool]
+    known = {z for atoms in pool for z in _elements(atoms)}
+    judging = [(rank, atoms) for rank, atoms in ranked if rank < 0.3 and _elements(atoms) <= known]
     return DataSet(
         name,
-        [atoms for rank, atoms in ranked if rank >= 0.3][: limits.pool],
-        [atoms for rank, atoms in ranked if 0.2 <= rank < 0.3],
-        [atoms for rank, atoms in ranked if rank < 0.2][: limits.test],
+        pool,
+        [atoms for rank, atoms in judging if rank >= 0.2],
+        [atoms for rank, atoms in judging if rank < 0.2][: limits.test],
         f"at random by {kind}: 20 % test, 10 % validation, the others are the pool",
     )
 
@@ -161,6 +171,10 @@ def _read(path: Path) -> list[Atoms]:
         if "npa_charges" in atoms.arrays:
             atoms.arrays[DFT_CHARGES] = atoms.arrays.pop("npa_charges")
     return structures
+
+
+def _elements(atoms: Atoms) -> set[int]:
+    return set(atoms.numbers.tolist())
 
 
 def _group(atoms: Atoms) -> str:
