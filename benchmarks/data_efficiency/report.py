@@ -67,15 +67,16 @@ class Point:
 
 
 def write_report(out: Path) -> None:
-    """Write ``report.md`` and the learning curves of what is there."""
+    """Write ``report.md`` and, where there are two sizes, learning curves of what is there."""
     points = _points(out)
     if not points:
         console.print(f"there is no result in {out} yet")
         return
     text = _table(points)
     replace_file(out / "report.md", text)
+    several = len({point.size for point in points}) > 1
     for error, label in _FIGURES.items():
-        if math.isfinite(points[0].mean("test", f"{error}_mae")):
+        if several and math.isfinite(points[0].mean("test", f"{error}_mae")):
             replace_file(out / f"{error.removesuffix('_meV')}.png", _figure(points, error, label))
     console.print(text)
 
