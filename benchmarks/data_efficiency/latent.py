@@ -66,8 +66,11 @@ def main() -> None:
     common = [atoms for atoms in judged if set(atoms.numbers.tolist()) <= known]
     for name, potential in potentials.items():
         for which, structures in (("all metals", judged), ("metals with energies", common)):
-            if set().union(*(a.numbers.tolist() for a in structures)) <= set(potential.elements):
+            elements = {z for atoms in structures for z in atoms.numbers.tolist()}
+            if elements and elements <= set(potential.elements):
                 metals, vectors = _embed(potential, structures)
+                if len(metals) < 3:  # nothing to compare
+                    continue
                 embedded[name, which] = metals, vectors
                 result["purity"][f"{name}, {which}"] = _purities(metals, vectors, options.seed)
     write_json(options.out / "latent.json", result)
