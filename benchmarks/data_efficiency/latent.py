@@ -60,17 +60,15 @@ def main() -> None:
             energies, _config(options, "energy"), options, "energies"
         ),
     }
+    judged = _covered(judged, potentials["charges of tmQM"])
+    common = _covered(judged, potentials["energies of Co, Rh, Ir"])
     result: dict[str, Any] = {"complexes": len(complexes), "judged": len(judged), "purity": {}}
     embedded = {}
-    known = set(potentials["energies of Co, Rh, Ir"].elements)
-    common = [atoms for atoms in judged if set(atoms.numbers.tolist()) <= known]
     for name, potential in potentials.items():
-        for which, structures in (("all metals", judged), ("metals with energies", common)):
-            elements = {z for atoms in structures for z in atoms.numbers.tolist()}
-            if elements and elements <= set(potential.elements):
+        for which, structures in (("all metals", judged), ("Co, Rh, Ir", common)):
+            # Less than three have no neighbours to compare.
+            if len(structures) > 2 and len(_covered(structures, potential)) == len(structures):
                 metals, vectors = _embed(potential, structures)
-                if len(metals) < 3:  # nothing to compare
-                    continue
                 embedded[name, which] = metals, vectors
                 result["purity"][f"{name}, {which}"] = _purities(metals, vectors, options.seed)
     write_json(options.out / "latent.json", result)
@@ -117,6 +115,12 @@ def _with_energies(options: argparse.Namespace) -> list[Atoms]:
         for name in ("hydroform22", "vaska")
         for atoms in load_set(options.data, name, limits).pool
     ]
+
+
+def _covered(structures: Sequence[Atoms], potential: Potential) -> list[Atoms]:
+    """Return the structures whose elements a potential knows."""
+    known = set(potential.elements)
+    return [atoms for atoms in structures if set(atoms.numbers.tolist()) <= known]
 
 
 def _metals(atoms: Atoms) -> list[int]:
