@@ -1,0 +1,195 @@
+"""The sets with expensive labels, and how each is divided.
+
+Every set is cut once, whatever the seed of a run: a test set, structures for validation, and
+the pool. The seed of a run chooses which structures of the pool are labelled.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.units import Hartree
+
+from orbcalc.properties import REF_ENERGY
+
+__all__ = [
+    "DFT_CHARGES",
+    "SETS",
+    "WITH_DFT_CHARGES",
+    "DataSet",
+    "Limits",
+    "barrier_pairs",
+    "load_set",
+]
+
+#: Per-atom array with the charges of the expensive method, e.
+DFT_CHARGES = "DFT_charges"
+
+SETS = ("qm9", "hydroform22", "vaska")
+
+#: Those with `DFT_CHARGES`.
+WITH_DFT_CHARGES = ("qm9", "vaska")
+
+#: Of the permutation that cuts a set.
+_SPLIT_SEED = 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What of a set is used."""
+
+    pool: int
+    """Structures of the pool at most."""
+    test: int
+    """Test structures at most."""
+    max_atoms: int | None = None
+    """Larger structures are left out."""
+    catalysts: int | None = None
+    """Catalysts of hydroform22 that are used in all."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Structures with ``REF_energy`` (eV); a group is never divided."""
+
+    name: str
+    pool: list[Atoms]
+    valid: list[Atoms]
+    test: list[Atoms]
+    split: str
+    """How it was divided, in words."""
+
+    def labelled(self, size: int, seed: int) -> list[int]:
+        """Return which structures of the pool a run gets expensive labels of.
+
+        Those of a smaller size are among those of a larger one with the same seed. The first
+        ones bring every element of the pool, so that all test structures can be predicted.
+
+        Raises
+        ------
+        ValueError
+            If the pool is too small.
+        """
+        if size > len(self.pool):
+            raise ValueError(f"the pool of {self.name} has {len(self.pool)} structures, not {size}")
+        order = _grouped_order(self.pool, np.random.default_rng([_SPLIT_SEED, seed]))
+        first, seen = [], set[int]()
+        for index in order:
+            if not _elements(self.pool[index]) <= seen:
+                first.append(index)
+                seen |= _elements(self.pool[index])
+        return list(dict.fromkeys([*first, *order]))[:size]
+
+    def validation(self, size: int) -> list[Atoms]:
+        """Return the structures that a run of this size is validated with: 10 %, at least 50."""
+        return self.valid[: max(50, round(0.1 * size))]
+
+
+def load_set(folder: Path, name: str, limits: Limits) -> DataSet:
+    """Read and divide a set.
+
+    Parameters
+    ----------
+    folder
+        With ``qm9_b3lyp.npz``, ``hydroform22.extxyz.gz`` and ``vaska.extxyz.gz``.
+    name
+        One of `SETS`.
+    limits
+        What of it is used.
+    """
+    if name == "qm9":
+        return _load_qm9(folder / "qm9_b3lyp.npz", limits)
+    structures = _read(folder / f"{name}.extxyz.gz")
+    if limits.max_atoms is not None:
+        structures = [atoms for atoms in structures if len(atoms) <= limits.max_atoms]
+    rng = np.random.default_rng(_SPLIT_SEED)
+    order = _grouped_order(structures, rng, limits.catalysts)
+    # A fifth of the groups for the test, a tenth for validation.
+    groups = list(dict.fromkeys(_group(structures[i]) for i in order))
+    part = {group: rank / len(groups) for rank, group in enumerate(groups)}
+    ranked = [(part[_group(structures[i])], structures[i]) for i in order]
+    kind = "catalyst" if name == "hydroform22" else "complex"
+    pool = [atoms for rank, atoms in ranked if rank >= 0.3][: limits.pool]
+    known = {z for atoms in pool for z in _elements(atoms)}
+    judging = [(rank, atoms) for rank, atoms in ranked if rank < 0.3 and _elements(atoms) <= known]
+    return DataSet(
+        name,
+        pool,
+        [atoms for rank, atoms in judging if rank >= 0.2],
+        [atoms for rank, atoms in judging if rank < 0.2][: limits.test],
+        f"at random by {kind}: 20 % test, 10 % validation, the others are the pool",
+    )
+
+
+def barrier_pairs(structures: Sequence[Atoms]) -> list[tuple[int, int]]:
+    """Find the reactant and the transition state of each reaction, where both are there."""
+    states: dict[tuple[str, str], dict[str, int]] = {}
+    for number, atoms in enumerate(structures):
+        if "state" in atoms.info:
+            reaction = (atoms.info["metal"], atoms.info["catalyst"])
+            states.setdefault(reaction, {})[atoms.info["state"]] = number
+    return [(s["reactant"], s["ts"]) for s in states.values() if {"reactant", "ts"} <= s.keys()]
+
+
+def _load_qm9(path: Path, limits: Limits) -> DataSet:
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in ("n_atoms", "Z", "R", "q_mulliken", "E_elec_hartree")}
+    n_atoms = arrays["n_atoms"]
+    starts = np.concatenate([[0], np.cumsum(n_atoms)])
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(n_atoms))
+    if limits.max_atoms is not None:
+        order = order[n_atoms[order] <= limits.max_atoms]
+    n_valid = max(50, limits.pool // 10)
+    ends = np.cumsum([limits.test, n_valid, limits.pool])
+    parts = []
+    for indices in np.split(order, ends)[:3]:
+        part = []
+        for index in indices:
+            own = slice(starts[index], starts[index + 1])
+            atoms = Atoms(arrays["Z"][own].astype(int), arrays["R"][own].astype(float))
+            atoms.info[REF_ENERGY] = float(arrays["E_elec_hartree"][index] * Hartree)
+            atoms.arrays[DFT_CHARGES] = arrays["q_mulliken"][own].astype(float)
+            part.append(atoms)
+        parts.append(part)
+    test, valid, pool = parts
+    return DataSet("qm9", pool, valid, test, "at random by molecule")
+
+
+def _read(path: Path) -> list[Atoms]:
+    with gzip.open(path, "rt") as file:
+        text = StringIO(file.read())  # the reader jumps about, which is slow in a gzip file
+    structures = list(ase.io.iread(text, ":", format="extxyz"))
+    for atoms in structures:
+        atoms.calc = None
+        if "npa_charges" in atoms.arrays:
+            atoms.arrays[DFT_CHARGES] = atoms.arrays.pop("npa_charges")
+    return structures
+
+
+def _elements(atoms: Atoms) -> set[int]:
+    return set(atoms.numbers.tolist())
+
+
+def _group(atoms: Atoms) -> str:
+    """Name what belongs together: all structures with the ligands of one catalyst."""
+    return str(atoms.info.get("catalyst", atoms.info.get("name")))
+
+
+def _grouped_order(
+    structures: Sequence[Atoms], rng: np.random.Generator, n_groups: int | None = None
+) -> list[int]:
+    """Return the structures in a random order of their groups, each group in one piece."""
+    groups: dict[str, list[int]] = {}
+    for number, atoms in enumerate(structures):
+        group = _group(atoms) if "name" in atoms.info else str(number)
+        groups.setdefault(group, []).append(number)
+    names = list(groups)
+    chosen = [names[i] for i in rng.permutation(len(names))[:n_groups]]
+    return [number for name in chosen for number in groups[name]]
