@@ -16,23 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from orbcalc.errors import ConfigError
 
 __all__ = [
-    "CertificateConfig",
-    "DaskConfig",
-    "LabelConfig",
-    "MDConfig",
-    "OptimizerConfig",
-    "PoolConfig",
-    "PotentialConfig",
-    "ReferenceConfig",
-    "RunConfig",
-    "SelectionConfig",
-    "StopConfig",
-    "TaskWeights",
-    "TrainConfig",
-    "dump_config",
-    "load_config",
-    "parse_config",
-]
+    "CertificateConfig", "DaskConfig", "LabelConfig", "MDConfig", "OptimizerConfig", "PoolConfig",
+    "PotentialConfig", "ReferenceConfig", "RunConfig", "SelectionConfig", "StopConfig",
+    "TaskWeights", "TrainConfig", "dump_config", "load_config", "parse_config",
+]  # fmt: skip
 
 
 def _as_tuple(value: Any) -> Any:
@@ -273,6 +260,7 @@ class PoolConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """How many structures are labelled in each round, and how they are chosen."""
 
+    method: Literal["uncertainty", "determinant", "diversity", "random"] = "uncertainty"
     initial: int = Field(default=50, ge=2, description="random structures of the first round")
     batch: int = Field(default=40, ge=1, description="hardest structures of each later round")
     audit: int = Field(
@@ -281,6 +269,7 @@ class SelectionConfig(StrictModel):
     diversity: float = Field(
         default=2.0, ge=1, description="choose a spread-out batch among this many times as many"
     )
+    cost_aware: bool = Field(default=False, description="prefer uncertainty per second of label")
     valid_fraction: float = Field(
         default=0.1, gt=0, lt=0.5, description="share of the labelled structures held out"
     )
@@ -297,6 +286,17 @@ class CertificateConfig(StrictModel):
     delta: float = Field(
         default=0.05, gt=0, lt=1, description="probability that the certificate may be false"
     )
+    mean_error: float | None = Field(
+        default=None, gt=0, description="largest mean |error|, clipped at the tolerance; or unasked"
+    )
+
+    @model_validator(mode="after")
+    def _mean_error(self) -> CertificateConfig:
+        if self.mean_error is not None and self.mean_error > self.tolerance:
+            raise ValueError("mean_error exceeds the tolerance, at which errors are clipped")
+        if self.mean_error is not None and self.method != "hypergeometric":
+            raise ValueError(f"mean_error needs a random audit, which {self.method} has not")
+        return self
 
 
 class StopConfig(StrictModel):

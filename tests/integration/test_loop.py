@@ -18,11 +18,12 @@ from killed_run import INITIAL, Story
 from small_runs import run_config, waters, write_pool
 
 from orbcalc.active.certificate import Certificate
+from orbcalc.active.design import stream
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, read_json, read_jsonl, write_structures
 from orbcalc.active.loop import run
 from orbcalc.active.modelling import _held_out
-from orbcalc.active.round import _BATCH, Round
+from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
 from orbcalc.config import RunConfig, StopConfig
 from orbcalc.errors import ConfigError, MissingLabelError
@@ -335,7 +336,7 @@ def test_an_element_that_no_model_knows_yet_is_the_hardest_and_a_miss(
 ) -> None:
     ammonia = molecule("NH3")
     n_pool, seed = 31, 1
-    drawn = draw_audit(n_pool, 10, np.random.default_rng([seed, 0, _BATCH]))
+    drawn = draw_audit(n_pool, 10, stream(seed, 0, "batch"))
     place = min(set(range(n_pool)) - set(drawn.tolist()))
     structures = waters(n_pool - 1)
     structures.insert(place, ammonia)
