@@ -279,7 +279,10 @@ class CertificateConfig(StrictModel):
     """What is certified of the whole pool, and how surely."""
 
     method: Literal["hypergeometric", "kl_batch"] = "hypergeometric"
-    tolerance: float = Field(default=0.005, gt=0, description="|energy error| per atom, eV")
+    quantity: Literal["energy_per_atom", "energy", "forces"] = "energy_per_atom"
+    tolerance: float = Field(
+        default=0.005, gt=0, description="largest error of a hit: eV/atom, eV, or eV/Å of an atom"
+    )
     accuracy: float = Field(
         default=0.95, gt=0, lt=1, description="share of the pool that must be inside (gamma)"
     )
@@ -350,6 +353,8 @@ class RunConfig(StrictModel):
             raise ValueError("tasks.forces has weight, but labels.forces is false")
         if self.tasks.stress > 0 and not self.labels.stress:
             raise ValueError("tasks.stress has weight, but labels.stress is false")
+        if self.certificate.quantity == "forces" and not self.labels.forces:
+            raise ValueError("certificate.quantity is forces, but labels.forces is false")
         if self.labels.reference.calculator == "file" and self.pool.md is not None:
             raise ValueError("reference labels from a file cannot label structures made by md")
         return self

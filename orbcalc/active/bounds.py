@@ -24,8 +24,8 @@ CDF_MARGIN = 1e-6
 #: and 3/4; for small losses, 40 of 1,000, the bound's excess was 0.14 with the one and 0.10 with
 #: the other.
 BET_LIMIT = 0.75
-#: Steps of the bisection for the bound, which then is too high by 2⁻⁴⁰ at most.
-BISECTIONS = 40
+#: Steps of the bisection for the bound, which then is too high by 2⁻³⁰ at most.
+BISECTIONS = 30
 
 
 def look_level(delta: float, look: int) -> float:

@@ -29,6 +29,7 @@ pool for which clipping hides something is bounded by the hits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -117,7 +118,7 @@ class Look:
     accuracy_bound: float
     """Lower bound on the share of the pool that is right in the output."""
     certified: bool
-    losses: tuple[float, ...] | None = None
+    losses: Sequence[float] | None = None
     """Losses of the sample in the order they were bet on, if the mean loss is certified too."""
     loss_bound: float | None = None
     """Upper bound on the mean loss of the output."""
@@ -137,7 +138,7 @@ class _Sample(NamedTuple):
     size: int
     misses: int
     failed: int
-    losses: tuple[float, ...] | None = None
+    losses: Sequence[float] | None = None
 
 
 class _Terms(NamedTuple):
@@ -326,7 +327,7 @@ def _loss_bound(counts: PoolCounts, sample: _Sample, level: float) -> float | No
     if len(sample.losses) != sample.size:
         raise ConfigError(f"{len(sample.losses)} losses for a sample of {sample.size}")
     n_inference, seen = counts.n_inference, math.fsum(sample.losses)
-    bound = n_inference * float(max_mean(sample.losses, n_inference, level))
+    bound = n_inference * float(max_mean(np.array(sample.losses), n_inference, level))
     left = min(max(bound - seen, 0.0), float(n_inference - sample.size))
     bound = (counts.n_failed + sample.failed + left) / counts.n_pool
     return math.ceil(bound * 1e6 - 1e-6) / 1e6  # upwards, so that every machine finds the same

@@ -26,6 +26,7 @@ from orbcalc.active.design import reason_to_end
 from orbcalc.active.executor import Executor, open_executor
 from orbcalc.active.folder import RunFolder, read_json
 from orbcalc.active.inputs import Inputs, read_inputs
+from orbcalc.active.quantities import QUANTITIES
 from orbcalc.active.round import Notify, Round
 from orbcalc.config import RunConfig
 from orbcalc.files import replace_file
@@ -142,11 +143,12 @@ class ActiveLearning:
         data = self.folder.round(looks[-1].look - 1).model.read_bytes()
         replace_file(self.folder.model, data)
         options = self.config.certificate
+        quantity = QUANTITIES[options.quantity]
         return Certificate(
             reason=reason,
             looks=tuple(looks),
             tolerance=options.tolerance,
-            quantity="energy per atom, eV",
+            quantity=f"{quantity.name}, {quantity.unit.removesuffix('/atom')}",
             gamma=options.accuracy,
             delta=options.delta,
             seed=self.config.seed,

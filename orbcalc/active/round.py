@@ -23,6 +23,7 @@ from orbcalc.active.folder import (
 from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.labelling import label_into_store
 from orbcalc.active.modelling import predict_pool, train_committee, write_training_set
+from orbcalc.active.quantities import QUANTITIES, prediction_error
 from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_walk
 from orbcalc.active.selection import draw_audit, power_law_costs
 from orbcalc.config import MDConfig, RunConfig
@@ -161,17 +162,14 @@ class Round:
             features=_features(predictions),
             costs=self._costs(open_keys, pool) if self.config.selection.cost_aware else None,
         )
-        audit, batch = choice.audit.tolist(), choice.batch.tolist()
-        return {
-            "audit": [open_keys[i] for i in audit],
-            "batch": [open_keys[i] for i in batch],
-            "predictions": {
-                open_keys[i]: {"energy": p["energy"], "uncertainty": p["uncertainty"]}
-                for i in (*audit, *batch)
-                if "energy" in (p := predictions[i])
-                and np.isfinite([p["energy"], p["uncertainty"]]).all()
-            },
-        }
+        audit, batch = ([open_keys[i] for i in chosen] for chosen in choice)
+        kept = {open_keys[i]: predictions[i] for i in (*choice.audit, *choice.batch)}
+        names = ["energy", "uncertainty"]
+        if self.config.certificate.quantity == "forces":  # too many to compute for all
+            sample, names = audit if self._by_audit else batch, [*names, "forces"]
+            found = predict_pool(self.executor, committee, [pool[k] for k in sample], forces=True)
+            kept |= dict(zip(sample, found, strict=True))
+        return {"audit": audit, "batch": batch, "predictions": _finite(kept, names)}
 
     def _costs(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> np.ndarray:
         """Predict the seconds of reference labels from those of earlier ones, by atoms."""
@@ -242,7 +240,7 @@ class Round:
             n_labelled=sum(key in known for key in before),
             n_failed=sum(key in failed_keys for key in before),
         )
-        errors = [self._error_per_atom(key, pool[key], selection) for key in sample]
+        errors = [self._error(key, len(pool[key]), selection) for key in sample]
         failed = np.array([key not in known for key in sample], dtype=bool)
         look = take_look(counts, errors, failed, options, seed=self.config.seed, number=self.number)
         finite = [abs(e) for e in errors if np.isfinite(e)]
@@ -250,19 +248,21 @@ class Round:
             "look",
             audit=look.n_audit,
             misses=look.n_audit_misses,
-            mae_per_atom=float(np.mean(finite)) if finite else None,
+            mean_error=float(np.mean(finite)) if finite else None,
+            unit=QUANTITIES[options.quantity].unit,
             accuracy_bound=look.accuracy_bound,
             loss_bound=look.loss_bound,
             certified=look.certified,
         )
         return look
 
-    def _error_per_atom(self, key: str, atoms: Atoms, selection: Mapping[str, Any]) -> float:
+    def _error(self, key: str, n_atoms: int, selection: Mapping[str, Any]) -> float:
         label = self.store.get(key, "reference")
         prediction = selection["predictions"].get(key)
         if label is None or label.status is not LabelStatus.ok or prediction is None:
             return float("nan")
-        return float(prediction["energy"] - label.values["energy"]) / len(atoms)
+        quantity = self.config.certificate.quantity
+        return prediction_error(quantity, prediction, label.values, n_atoms)
 
     # ------------------------------------------------------------------------ training
     def train(self, pool: Mapping[str, Atoms]) -> None:
@@ -314,6 +314,17 @@ class Round:
 
     def _rng(self, purpose: Stream) -> np.random.Generator:
         return stream(self.config.seed, self.number, purpose)
+
+
+def _finite(
+    predictions: Mapping[str, Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the named numbers of each prediction that has an energy, if all are finite."""
+    return {
+        key: {name: np.asarray(p[name]).tolist() for name in names if name in p}
+        for key, p in predictions.items()
+        if "energy" in p and all(np.isfinite(p[name]).all() for name in names if name in p)
+    }
 
 
 def _features(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
