@@ -73,8 +73,9 @@ def report(runs: Sequence[Run], title: str, path: Path) -> None:
     for run in runs:
         print(
             f"{NAMES[run.method]}: {100 * run.share[-1]:.1f} % labelled, "
-            f"true accuracy {100 * run.accuracy[-1]:.2f} %\n  {run.certificate.statement}"
+            f"true accuracy {100 * run.accuracy[-1]:.2f} %, {run.certificate.reason}"
         )
+    print(f"The first of them: {runs[0].certificate.statement}")
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     drawn = set()

@@ -30,10 +30,11 @@ def read(path: Path, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         homo, lumo = (data["props"][:, names.index(name)] for name in ("homo_Ha", "lumo_Ha"))
         chosen = np.random.default_rng(seed).permutation(len(homo))[:n]
         ends = np.cumsum(data["n_atoms"])
-        counts = np.array([np.cumsum(data["Z"] == z)[ends - 1] for z in ELEMENTS]).T
-        composition = np.diff(counts, axis=0, prepend=0)[chosen]
-        pairs = np.array([_pairs(data["Z"], data["R"], ends, k) for k in chosen])
+        numbers, positions = data["Z"], data["R"]  # each access reads the file
+        pairs = np.array([_pairs(numbers, positions, ends, k) for k in chosen])
         smiles = data["smiles"][chosen].tolist()
+    counts = np.array([np.cumsum(numbers == z)[ends - 1] for z in ELEMENTS]).T
+    composition = np.diff(counts, axis=0, prepend=0)[chosen]
     gap = (lumo - homo)[chosen]
     grams = CountVectorizer(analyzer="char", ngram_range=(1, 3), lowercase=False, min_df=0.01)
     features = np.hstack([composition, pairs, grams.fit_transform(smiles).toarray()])
@@ -59,7 +60,7 @@ def main() -> None:
     features, classes = read(options.data / "qm9_b3lyp.npz", options.molecules, options.seed)
 
     def fit_predict(labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        model = ExtraTreesClassifier(100, max_features=0.3, random_state=options.seed)
+        model = ExtraTreesClassifier(50, max_features=0.3, random_state=options.seed)
         model.fit(features[labelled], classes[labelled])
         probability = model.predict_proba(features)[:, 1]
         return (probability > 0.5).astype(int), -np.abs(probability - 0.5)
