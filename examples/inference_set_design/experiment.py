@@ -94,7 +94,7 @@ def report(runs: Sequence[Run], title: str, path: Path) -> None:
     axes.axhline(target, color="#009E73", lw=1.2, label=f"asked for: {target:g} %")
     lowest = 100 * min(run.accuracy.min() for run in runs)
     axes.set(
-        ylim=(max(lowest - 12, 0), 100.5),
+        ylim=(max(lowest - 12, 0), 101),
         xlabel="labelled share of the pool, audits included (%)",
         ylabel="labelled or predicted right (%)",
     )
