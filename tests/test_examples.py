@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,22 +28,21 @@ def test_digits_are_certified_with_few_labels(tmp_path: Path) -> None:
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("scenario", ["failures", "confidently wrong"])
-def test_simulated_coverage(tmp_path: Path, scenario: str) -> None:
-    options = ("--pools", 40, "--deltas", 0.2, "--scenarios", scenario)
+def test_simulated_coverage(tmp_path: Path) -> None:
+    options = ("--pools", 15, "--deltas", 0.2, "--scenarios", "failures", "confidently wrong")
     run("benchmarks/coverage.py", "--out", tmp_path, *options)
     rows = json.loads((tmp_path / "coverage.json").read_text())["results"]
-    assert [row["rule"] for row in rows] == ["hypergeometric", "mean error", "random", "kl_batch"]
+    rules = ["hypergeometric", "mean error", "random", "kl_batch"]
+    assert [row["rule"] for row in rows] == 2 * rules
     for row in rows:
         if row["is_proved"]:
             assert row["false_low"] <= 0.2
-    if scenario == "confidently wrong":
-        assert rows[-1]["false_low"] > 0.2
+    assert rows[-1]["false_low"] > 0.2  # kl_batch, where the model is confidently wrong
     assert (tmp_path / "coverage.png").stat().st_size > 0
 
 
 def test_simulated_audits(tmp_path: Path) -> None:
-    run("benchmarks/audits.py", "--out", tmp_path, "--pools", 5, "--scenarios", "heterogeneous")
+    run("benchmarks/audits.py", "--out", tmp_path, "--pools", 2, "--scenarios", "easy")
     rows = json.loads((tmp_path / "audits.json").read_text())["results"]
     assert {row["audit"] for row in rows} == {"fresh", "standing"}
     assert all(0 < row["labels"] <= 1000 for row in rows)

@@ -105,7 +105,7 @@ def event_in_words(record: Mapping[str, Any]) -> str:
         )
     if event == "look":
         mean, unit = record["mean_error"], record["unit"]
-        error = "no prediction" if mean is None else f"mean error {1000 * mean:.2f} m{unit}"
+        error = "no prediction" if mean is None else f"MAE {1000 * mean:.2f} m{unit}"
         return (
             f"{where}audit of {record['audit']}: {record['misses']} misses, {error}, accuracy of "
             f"the pool at least {record['accuracy_bound']:.3f}"
