@@ -16,23 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from orbcalc.errors import ConfigError
 
 __all__ = [
-    "CertificateConfig",
-    "DaskConfig",
-    "LabelConfig",
-    "MDConfig",
-    "OptimizerConfig",
-    "PoolConfig",
-    "PotentialConfig",
-    "ReferenceConfig",
-    "RunConfig",
-    "SelectionConfig",
-    "StopConfig",
-    "TaskWeights",
-    "TrainConfig",
-    "dump_config",
-    "load_config",
-    "parse_config",
-]
+    "CertificateConfig", "DaskConfig", "LabelConfig", "MDConfig", "OptimizerConfig", "PoolConfig",
+    "PotentialConfig", "ReferenceConfig", "RunConfig", "SelectionConfig", "StopConfig",
+    "TaskWeights", "TrainConfig", "dump_config", "load_config", "parse_config",
+]  # fmt: skip
 
 
 def _as_tuple(value: Any) -> Any:
@@ -312,6 +299,7 @@ class PoolConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """How many structures are labelled in each round, and how they are chosen."""
 
+    method: Literal["uncertainty", "determinant", "diversity", "random"] = "uncertainty"
     initial: int = Field(default=50, ge=2, description="random structures of the first round")
     batch: int = Field(default=40, ge=1, description="hardest structures of each later round")
     audit: int = Field(
@@ -320,6 +308,7 @@ class SelectionConfig(StrictModel):
     diversity: float = Field(
         default=2.0, ge=1, description="choose a spread-out batch among this many times as many"
     )
+    cost_aware: bool = Field(default=False, description="prefer uncertainty per second of label")
     valid_fraction: float = Field(
         default=0.1, gt=0, lt=0.5, description="share of the labelled structures held out"
     )
@@ -329,13 +318,27 @@ class CertificateConfig(StrictModel):
     """What is certified of the whole pool, and how surely."""
 
     method: Literal["hypergeometric", "kl_batch"] = "hypergeometric"
-    tolerance: float = Field(default=0.005, gt=0, description="|energy error| per atom, eV")
+    quantity: Literal["energy_per_atom", "energy", "forces"] = "energy_per_atom"
+    tolerance: float = Field(
+        default=0.005, gt=0, description="largest error of a hit: eV/atom, eV, or eV/Å of an atom"
+    )
     accuracy: float = Field(
         default=0.95, gt=0, lt=1, description="share of the pool that must be inside (gamma)"
     )
     delta: float = Field(
         default=0.05, gt=0, lt=1, description="probability that the certificate may be false"
     )
+    mean_error: float | None = Field(
+        default=None, gt=0, description="largest mean |error|, clipped at the tolerance; or unasked"
+    )
+
+    @model_validator(mode="after")
+    def _mean_error(self) -> CertificateConfig:
+        if self.mean_error is not None and self.mean_error > self.tolerance:
+            raise ValueError("mean_error exceeds the tolerance, at which errors are clipped")
+        if self.mean_error is not None and self.method != "hypergeometric":
+            raise ValueError(f"mean_error needs a random audit, which {self.method} has not")
+        return self
 
 
 class StopConfig(StrictModel):
@@ -389,6 +392,8 @@ class RunConfig(StrictModel):
             raise ValueError("tasks.forces has weight, but labels.forces is false")
         if self.tasks.stress > 0 and not self.labels.stress:
             raise ValueError("tasks.stress has weight, but labels.stress is false")
+        if self.certificate.quantity == "forces" and not self.labels.forces:
+            raise ValueError("certificate.quantity is forces, but labels.forces is false")
         if self.labels.reference.calculator == "file" and self.pool.md is not None:
             raise ValueError("reference labels from a file cannot label structures made by md")
         return self

@@ -11,7 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orbcalc.active.bounds import kl_lower_bound, look_level, max_misses
+from orbcalc.active.bounds import (
+    clipped_losses,
+    kl_lower_bound,
+    look_level,
+    max_mean,
+    max_misses,
+)
 from orbcalc.active.looks import (
     Look,
     PoolCounts,
@@ -30,10 +36,12 @@ __all__ = [
     "Look",
     "PoolCounts",
     "audit_look",
+    "clipped_losses",
     "hits",
     "kl_batch_look",
     "kl_lower_bound",
     "look_level",
+    "max_mean",
     "max_misses",
 ]
 
@@ -69,6 +77,8 @@ class Certificate:
     """Of the model that the last look was taken with."""
     version: str
     """Of orbcalc."""
+    mean_error: float | None = None
+    """Largest mean of the error, clipped at the tolerance, if that was asked for as well."""
 
     def __post_init__(self) -> None:
         """Recompute every look and check that the parts agree."""
@@ -76,8 +86,13 @@ class Certificate:
         check_tolerance(self.tolerance)
         as_count(self.seed, "seed")
         as_count(self.n_pool, "n_pool")
+        terms = {"gamma": self.gamma, "delta": self.delta, "max_loss": self._max_loss()}
         for number, look in enumerate(self.looks, start=1):
-            if look != recompute(look, number, gamma=self.gamma, delta=self.delta):
+            if (look.losses is None) != (self.mean_error is None):
+                raise ConfigError(
+                    f"look {number} and the certificate disagree on whether the mean error counts"
+                )
+            if look != recompute(look, number, **terms):
                 raise ConfigError(
                     f"look {number} of the certificate does not follow from its counts, "
                     f"gamma {self.gamma} and delta {self.delta}: list all looks, unchanged"
@@ -93,9 +108,19 @@ class Certificate:
                 f"{'' if self.certified else 'not '}certified"
             )
 
+    def _max_loss(self) -> float:
+        if self.mean_error is None:
+            return 1.0
+        if not 0 < self.mean_error <= self.tolerance:
+            raise ConfigError(
+                f"mean_error is {self.mean_error}, expected a number above 0 and at most the "
+                f"tolerance, {self.tolerance}, at which errors are clipped"
+            )
+        return self.mean_error / self.tolerance
+
     @property
     def certified(self) -> bool:
-        """Whether the last look proves the accuracy that was asked for."""
+        """Whether the last look proves everything that was asked for."""
         return bool(self.looks) and self.looks[-1].certified
 
     @property
@@ -120,8 +145,17 @@ class Certificate:
             f"{self.n_pool} structures of pool {self.pool_hash} "
             f"({100 * self.gamma:.10g} % were asked for) have a reference label or are predicted "
             f"by model {self.model_hash} within {self.tolerance:g} of it ({self.quantity}), "
-            f"failed labels counting as wrong; this covers that pool only, not structures met "
-            f"later, as in MD run with the model."
+            f"{self._mean_error_clause()}failed labels counting as wrong; this covers that pool "
+            f"only, not structures met later, as in MD run with the model."
+        )
+
+    def _mean_error_clause(self) -> str:
+        bound = self.looks[-1].loss_bound
+        if self.mean_error is None or bound is None:
+            return ""
+        return (
+            f"and the mean over the pool of the absolute error, clipped at {self.tolerance:g}, is "
+            f"at most {bound * self.tolerance:.3g} ({self.mean_error:g} was asked for), "
         )
 
     def to_json(self) -> str:

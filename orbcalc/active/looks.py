@@ -18,11 +18,18 @@ An upper bound U on M thus gives ``accuracy >= 1 - (n_failed + f + U - k) / N``.
 by accident (a lost worker) do no harm: they turn hits of the sample into misses, and U(k) - k
 never falls as k grows. The bound concerns the model that was looked at: release that one, not
 one trained later.
+
+Losses in [0, 1] are counted in the same way: 0 for what is labelled, 1 for what failed. If they
+add up to L over I and to l over the sample, then an upper bound U on L gives
+``mean loss of the output <= (n_failed + f + U - l) / N``. A loss is an error clipped at the
+tolerance, in units of it, so that every hit is also told *how* near it is, and the share of the
+pool for which clipping hides something is bounded by the hits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -30,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool
 
-from orbcalc.active.bounds import kl_lower_bound, look_level, max_misses
+from orbcalc.active.bounds import kl_lower_bound, look_level, max_mean, max_misses
 from orbcalc.active.selection import as_count
 from orbcalc.errors import ConfigError
 
@@ -111,6 +118,15 @@ class Look:
     accuracy_bound: float
     """Lower bound on the share of the pool that is right in the output."""
     certified: bool
+    losses: Sequence[float] | None = None
+    """Losses of the sample in the order they were bet on, if the mean loss is certified too."""
+    loss_bound: float | None = None
+    """Upper bound on the mean loss of the output."""
+
+    def __post_init__(self) -> None:
+        """Take the losses as JSON has them."""
+        if self.losses is not None:
+            object.__setattr__(self, "losses", tuple(self.losses))
 
     @property
     def n_right(self) -> int:
@@ -122,6 +138,14 @@ class _Sample(NamedTuple):
     size: int
     misses: int
     failed: int
+    losses: Sequence[float] | None = None
+
+
+class _Terms(NamedTuple):
+    look: int
+    gamma: float
+    delta: float
+    max_loss: float = 1.0
 
 
 def audit_look(
@@ -132,6 +156,8 @@ def audit_look(
     look: int,
     gamma: float,
     delta: float,
+    losses: npt.ArrayLike | None = None,
+    max_loss: float = 1.0,
 ) -> Look:
     """Bound the accuracy of the pool from a random audit, exactly.
 
@@ -161,12 +187,20 @@ def audit_look(
         Share of the pool that must be right.
     delta
         Probability, over all looks, that a certificate may be false.
+    losses
+        (s,) errors clipped at the tolerance, in units of it
+        (:func:`orbcalc.active.bounds.clipped_losses`), 1 where the label failed. They are bet on
+        in the order given, so **shuffle the sample first**. If given, the look's level is halved:
+        one half pays for the bound on hits, one for the bound on the mean loss
+        (:func:`orbcalc.active.bounds.max_mean`), and a certificate needs both.
+    max_loss
+        Mean loss of the output that is certified at most.
 
     Raises
     ------
     ConfigError
         If a number is out of range, the sample exceeds the inference set, the arrays are not
-        booleans of one shape, or a failed label is called a hit.
+        booleans of one shape, a failed label is called a hit, or losses do not fit the hits.
 
     Examples
     --------
@@ -174,8 +208,9 @@ def audit_look(
     >>> audit_look(counts, [True] * 100, look=1, gamma=0.95, delta=0.05).accuracy_bound
     0.977
     """
-    sample = _summarise(sample_hits, failed)
-    return _conclude("hypergeometric", counts, sample, look=look, gamma=gamma, delta=delta)
+    sample = _summarise(sample_hits, failed, losses)
+    terms = _Terms(look, gamma, delta, max_loss)
+    return _conclude("hypergeometric", counts, sample, terms)
 
 
 def kl_batch_look(
@@ -215,10 +250,12 @@ def kl_batch_look(
         As :func:`audit_look`.
     """
     batch = _summarise(batch_hits, failed)
-    return _conclude("kl_batch", counts, batch, look=look, gamma=gamma, delta=delta)
+    return _conclude("kl_batch", counts, batch, _Terms(look, gamma, delta))
 
 
-def _summarise(sample_hits: npt.ArrayLike, failed: npt.ArrayLike | None) -> _Sample:
+def _summarise(
+    sample_hits: npt.ArrayLike, failed: npt.ArrayLike | None, losses: npt.ArrayLike | None = None
+) -> _Sample:
     hit = _booleans(sample_hits, "hits")
     fail = np.zeros_like(hit) if failed is None else _booleans(failed, "failed")
     if hit.shape != fail.shape:
@@ -228,16 +265,25 @@ def _summarise(sample_hits: npt.ArrayLike, failed: npt.ArrayLike | None) -> _Sam
             f"structure {np.flatnonzero(hit & fail)[0]} of the sample is a hit although its label "
             f"failed: without a label nothing is verified, so it must be False"
         )
-    return _Sample(len(hit), int((~hit).sum()), int(fail.sum()))
+    sample = _Sample(len(hit), int((~hit).sum()), int(fail.sum()))
+    if losses is None:
+        return sample
+    loss = np.asarray(losses, dtype=np.float64)
+    if loss.shape != hit.shape or not (loss[fail] == 1).all():
+        raise ConfigError(
+            f"losses have shape {loss.shape} for {len(hit)} hits: expected one for each structure "
+            f"of the sample, and 1 where the label failed"
+        )
+    return sample._replace(losses=tuple(loss.tolist()))
 
 
-def _conclude(
-    method: Method, counts: PoolCounts, sample: _Sample, *, look: int, gamma: float, delta: float
-) -> Look:
+def _conclude(method: Method, counts: PoolCounts, sample: _Sample, terms: _Terms) -> Look:
     """Do the accounting that is proved at the top of this module."""
-    if not 0 < gamma <= 1:
-        raise ConfigError(f"gamma is {gamma}, expected a number in (0, 1]")
-    level = look_level(delta, look)
+    look, gamma, delta, max_loss = terms
+    for name, value in (("gamma", gamma), ("max_loss", max_loss)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name} is {value}, expected a number in (0, 1]")
+    level = look_level(delta, look) / (1 if sample.losses is None else 2)
     if not 0 <= sample.failed <= sample.misses <= sample.size:
         raise ConfigError(f"expected 0 <= failed <= misses <= size, got {sample}")
     n_inference = counts.n_inference
@@ -256,6 +302,7 @@ def _conclude(
         bound = min(math.floor((1 - alpha) * n_inference + 1e-9), n_inference - n_hits)
     left = bound - sample.misses
     accuracy = (counts.n_pool - counts.n_failed - sample.failed - left) / counts.n_pool
+    loss_bound = _loss_bound(counts, sample, level)
     return Look(
         look=as_count(look, "look"),
         method=method,
@@ -267,11 +314,28 @@ def _conclude(
         level=level,
         misses_bound=left,
         accuracy_bound=accuracy,
-        certified=accuracy >= gamma,
+        certified=accuracy >= gamma and (loss_bound is None or loss_bound <= max_loss),
+        losses=sample.losses,
+        loss_bound=loss_bound,
     )
 
 
-def recompute(look: Look, number: int, *, gamma: float, delta: float) -> Look:
+def _loss_bound(counts: PoolCounts, sample: _Sample, level: float) -> float | None:
+    """Bound the mean loss of the output; None if there are no losses."""
+    if sample.losses is None:
+        return None
+    if len(sample.losses) != sample.size:
+        raise ConfigError(f"{len(sample.losses)} losses for a sample of {sample.size}")
+    n_inference, seen = counts.n_inference, math.fsum(sample.losses)
+    bound = n_inference * float(max_mean(np.array(sample.losses), n_inference, level))
+    left = min(max(bound - seen, 0.0), float(n_inference - sample.size))
+    bound = (counts.n_failed + sample.failed + left) / counts.n_pool
+    return math.ceil(bound * 1e6 - 1e-6) / 1e6  # upwards, so that every machine finds the same
+
+
+def recompute(
+    look: Look, number: int, *, gamma: float, delta: float, max_loss: float = 1.0
+) -> Look:
     """Return what look ``number`` must be, given the method and the counts of a recorded one.
 
     Raises
@@ -281,13 +345,16 @@ def recompute(look: Look, number: int, *, gamma: float, delta: float) -> Look:
     """
     if look.method not in get_args(Method):
         raise ConfigError(f"look {number} has the unknown method {look.method!r}")
+    if look.losses is not None and look.method != "hypergeometric":
+        raise ConfigError(f"look {number} has losses, but {look.method} says nothing about them")
     counts = PoolCounts(look.n_pool, look.n_labelled, look.n_failed)
     sample = _Sample(
         as_count(look.n_audit, "n_audit"),
         as_count(look.n_audit_misses, "n_audit_misses"),
         as_count(look.n_audit_failed, "n_audit_failed"),
+        look.losses,
     )
-    return _conclude(look.method, counts, sample, look=number, gamma=gamma, delta=delta)
+    return _conclude(look.method, counts, sample, _Terms(number, gamma, delta, max_loss))
 
 
 def _booleans(values: npt.ArrayLike, name: str) -> Bool[np.ndarray, " n"]:

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING
 
 import orbcalc
 from orbcalc.active.certificate import Certificate, Look
+from orbcalc.active.design import reason_to_end
 from orbcalc.active.executor import Executor, open_executor
 from orbcalc.active.folder import RunFolder, read_json
 from orbcalc.active.inputs import Inputs, read_inputs
+from orbcalc.active.quantities import QUANTITIES
 from orbcalc.active.round import Notify, Round
 from orbcalc.config import RunConfig
 from orbcalc.files import replace_file
@@ -123,7 +125,7 @@ class ActiveLearning:
         if number > 0:
             this.label("audit", [pool[key] for key in selection["audit"]])
             look = this.look(selection, pool)
-            reason = self._end(look)
+            reason = reason_to_end(look, self.config.stop)
             if reason is not None:
                 return self._release(reason, [*self._earlier_looks(number), look], pool)
         this.label("batch", [pool[key] for key in selection["batch"]])
@@ -135,32 +137,18 @@ class ActiveLearning:
         summaries = [read_json(self.folder.round(k).summary) for k in range(1, number)]
         return [Look(**summary["look"]) for summary in summaries]
 
-    def _end(self, look: Look) -> str | None:
-        """Say why the run ends with a look; None if it goes on."""
-        stop = self.config.stop
-        # As of this look: a run that goes on after a kill may have labelled more already.
-        labelled = look.n_labelled + look.n_failed + look.n_audit
-        if look.certified:
-            return "certified"
-        if look.look >= stop.max_rounds:
-            return "max_rounds"
-        if stop.max_labels is not None and labelled >= stop.max_labels:
-            return "max_labels"
-        if look.n_inference == look.n_audit:
-            return "pool exhausted"
-        return None
-
     def _release(self, reason: str, looks: Sequence[Look], pool: Iterable[str]) -> Certificate:
         """Release the model of the last look, and say what is known about it."""
         keys = sorted(pool)
         data = self.folder.round(looks[-1].look - 1).model.read_bytes()
         replace_file(self.folder.model, data)
         options = self.config.certificate
+        quantity = QUANTITIES[options.quantity]
         return Certificate(
             reason=reason,
             looks=tuple(looks),
             tolerance=options.tolerance,
-            quantity="energy per atom, eV",
+            quantity=f"{quantity.name}, {quantity.unit.removesuffix('/atom')}",
             gamma=options.accuracy,
             delta=options.delta,
             seed=self.config.seed,
@@ -168,6 +156,7 @@ class ActiveLearning:
             pool_hash=hashlib.sha256("".join(keys).encode()).hexdigest()[:16],
             model_hash=hashlib.sha256(data).hexdigest()[:16],
             version=orbcalc.__version__,
+            mean_error=options.mean_error,
         )
 
 

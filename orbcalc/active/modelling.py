@@ -166,9 +166,9 @@ def _held_out(structures: Sequence[Atoms], fraction: float) -> list[bool]:
 
 # -------------------------------------------------------------------------- prediction
 def predict_pool(
-    executor: Executor, model: Path, structures: Sequence[Atoms]
+    executor: Executor, model: Path, structures: Sequence[Atoms], *, forces: bool = False
 ) -> list[dict[str, Any]]:
-    """Predict energy, uncertainty per atom and features; empty where that is impossible.
+    """Predict energy, uncertainty per atom, features, and forces if asked for; empty if impossible.
 
     Raises
     ------
@@ -180,23 +180,29 @@ def predict_pool(
         for start in range(0, len(structures), CHUNK)
     ]
     predictions: list[dict[str, Any]] = [{} for _ in structures]
-    for (start, chunk), outcome in executor.map(partial(predict_chunk, model), chunks, "model"):
+    for (start, chunk), outcome in executor.map(
+        partial(predict_chunk, model, forces), chunks, "model"
+    ):
         if isinstance(outcome, Exception):
             raise OrbcalcError(f"prediction failed: {outcome!r}") from outcome
         predictions[start : start + len(chunk)] = outcome
     return predictions
 
 
-def predict_chunk(model: Path, chunk: tuple[int, list[Atoms]]) -> list[dict[str, Any]]:
+def predict_chunk(
+    model: Path, forces: bool, chunk: tuple[int, list[Atoms]]
+) -> list[dict[str, Any]]:
     """Predict some structures on a model worker."""
     from orbcalc.calculator import predict
 
-    results = predict(model, chunk[1], ("energy", "features"), on_error="skip")
+    more = ("forces",) if forces else ()
+    results = predict(model, chunk[1], ("energy", "features", *more), on_error="skip")
     return [
         {
             "energy": result["energy"],
             "uncertainty": result["energy_uncertainty"] / len(atoms),
             "features": result["features"],
+            **{name: result[name] for name in more},
         }
         if result
         else {}

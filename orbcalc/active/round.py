@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from orbcalc.active.certificate import Look, PoolCounts, audit_look, kl_batch_look
+from orbcalc.active.certificate import Look, PoolCounts
+from orbcalc.active.design import Stream, choose, stream, take_look
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import (
     RunFolder,
@@ -22,8 +23,9 @@ from orbcalc.active.folder import (
 from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.labelling import label_into_store
 from orbcalc.active.modelling import predict_pool, train_committee, write_training_set
+from orbcalc.active.quantities import QUANTITIES, prediction_error
 from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_walk
-from orbcalc.active.selection import draw_audit, select_hardest
+from orbcalc.active.selection import draw_audit, power_law_costs
 from orbcalc.config import MDConfig, RunConfig
 from orbcalc.errors import OrbcalcError
 from orbcalc.labels.label import Label, LabelStatus
@@ -35,9 +37,6 @@ __all__ = ["Notify", "Round"]
 logger = logging.getLogger(__name__)
 
 Notify = Callable[[Mapping[str, Any]], None]
-
-#: Independent random streams of a round.
-_TRAINING, _AUDIT, _BATCH, _MD = 0, 1, 2, 3
 
 
 class Round:
@@ -104,7 +103,7 @@ class Round:
 
     def _walk(self, md: MDConfig, starts: Sequence[Atoms]) -> list[Atoms]:
         """Let the walkers run; in the first round with the bootstrap method."""
-        rng = self._rng(_MD)
+        rng = self._rng("md")
         if self.number > 0:  # spread out: start where earlier walkers have been
             starts = [starts[i] for i in rng.permutation(len(starts))[: md.walkers]]
         tasks = [
@@ -136,7 +135,7 @@ class Round:
         open_keys = [k for k in pool if self.store.status(k, "reference") is None]
         if self.committee is None:
             size = self._affordable(self.config.selection.initial)
-            chosen = draw_audit(len(open_keys), size, self._rng(_BATCH))
+            chosen = draw_audit(len(open_keys), size, self._rng("batch"))
             selection = {"audit": [], "batch": [open_keys[i] for i in chosen], "predictions": {}}
         else:
             selection = self._select_by(self.committee, open_keys, pool)
@@ -152,36 +151,42 @@ class Round:
     def _select_by(
         self, committee: Path, open_keys: Sequence[str], pool: Mapping[str, Atoms]
     ) -> dict[str, Any]:
-        sizes = self.config.selection
         predictions = predict_pool(self.executor, committee, [pool[key] for key in open_keys])
-        n_audit = self._affordable(sizes.audit) if self._by_audit else 0
-        audit = set(draw_audit(len(open_keys), n_audit, self._rng(_AUDIT)).tolist())
-        rest = [i for i in range(len(open_keys)) if i not in audit]
-        scores = [predictions[i].get("uncertainty", np.nan) for i in rest]
-        batch = select_hardest(
-            scores,
-            self._affordable(sizes.batch, len(audit)),
-            features=_features([predictions[i] for i in rest]),
-            diversity=sizes.diversity,
-            rng=self._rng(_BATCH),
+        choice = choose(
+            [p.get("uncertainty", np.nan) for p in predictions],
+            self.config.selection,
+            audited=self._by_audit,
+            budget=self._affordable(len(open_keys)),
+            seed=self.config.seed,
+            number=self.number,
+            features=_features(predictions),
+            costs=self._costs(open_keys, pool) if self.config.selection.cost_aware else None,
         )
-        return {
-            "audit": [open_keys[i] for i in sorted(audit)],
-            "batch": [open_keys[rest[i]] for i in batch],
-            "predictions": {
-                open_keys[i]: {"energy": p["energy"], "uncertainty": p["uncertainty"]}
-                for i in (*sorted(audit), *(rest[int(i)] for i in batch))
-                if "energy" in (p := predictions[i])
-                and np.isfinite([p["energy"], p["uncertainty"]]).all()
-            },
-        }
+        audit, batch = ([open_keys[i] for i in chosen] for chosen in choice)
+        kept = {open_keys[i]: predictions[i] for i in (*choice.audit, *choice.batch)}
+        names = ["energy", "uncertainty"]
+        if self.config.certificate.quantity == "forces":  # too many to compute for all
+            sample, names = audit if self._by_audit else batch, [*names, "forces"]
+            found = predict_pool(self.executor, committee, [pool[k] for k in sample], forces=True)
+            kept |= dict(zip(sample, found, strict=True))
+        return {"audit": audit, "batch": batch, "predictions": _finite(kept, names)}
 
-    def _affordable(self, size: int, already: int = 0) -> int:
+    def _costs(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> np.ndarray:
+        """Predict the seconds of reference labels from those of earlier ones, by atoms."""
+        seconds = self.store.wall_times("reference")
+        known = [key for key in seconds if key in pool]
+        return power_law_costs(
+            [len(pool[key]) for key in open_keys],
+            [len(pool[key]) for key in known],
+            [seconds[key] for key in known],
+        )
+
+    def _affordable(self, size: int) -> int:
         """Return how many structures may still be labelled, at most a size."""
         limit = self.config.stop.max_labels
         if limit is None:
             return size
-        return max(0, min(size, limit - len(self._decided()) - already))
+        return max(0, min(size, limit - len(self._decided())))
 
     def _decided(self) -> list[str]:
         return self.store.keys("reference")
@@ -235,35 +240,29 @@ class Round:
             n_labelled=sum(key in known for key in before),
             n_failed=sum(key in failed_keys for key in before),
         )
-        errors = [self._error_per_atom(key, pool[key], selection) for key in sample]
+        errors = [self._error(key, len(pool[key]), selection) for key in sample]
         failed = np.array([key not in known for key in sample], dtype=bool)
-        hit = np.abs(np.array(errors, dtype=float)) <= options.tolerance
-        judge = audit_look if self._by_audit else kl_batch_look
-        look = judge(
-            counts,
-            hit & ~failed,
-            failed=failed,
-            look=self.number,
-            gamma=options.accuracy,
-            delta=options.delta,
-        )
+        look = take_look(counts, errors, failed, options, seed=self.config.seed, number=self.number)
         finite = [abs(e) for e in errors if np.isfinite(e)]
         self._event(
             "look",
             audit=look.n_audit,
             misses=look.n_audit_misses,
-            mae_per_atom=float(np.mean(finite)) if finite else None,
+            mean_error=float(np.mean(finite)) if finite else None,
+            unit=QUANTITIES[options.quantity].unit,
             accuracy_bound=look.accuracy_bound,
+            loss_bound=look.loss_bound,
             certified=look.certified,
         )
         return look
 
-    def _error_per_atom(self, key: str, atoms: Atoms, selection: Mapping[str, Any]) -> float:
+    def _error(self, key: str, n_atoms: int, selection: Mapping[str, Any]) -> float:
         label = self.store.get(key, "reference")
         prediction = selection["predictions"].get(key)
         if label is None or label.status is not LabelStatus.ok or prediction is None:
             return float("nan")
-        return float(prediction["energy"] - label.values["energy"]) / len(atoms)
+        quantity = self.config.certificate.quantity
+        return prediction_error(quantity, prediction, label.values, n_atoms)
 
     # ------------------------------------------------------------------------ training
     def train(self, pool: Mapping[str, Atoms]) -> None:
@@ -276,7 +275,7 @@ class Round:
                 self.files,
                 self.store.labelled_atoms([key for key in pool if key in known]),
                 self.config,
-                seed=int(self._rng(_TRAINING).integers(2**31)),
+                seed=int(self._rng("training").integers(2**31)),
                 start_from=self.committee if self.config.warm_start else None,
             )
         seen = len(read_jsonl(self.folder.metrics))
@@ -313,9 +312,19 @@ class Round:
         logger.info("%s", record)
         self.notify(record)
 
-    def _rng(self, stream: int) -> np.random.Generator:
-        """Return the random stream of one purpose, the same after a resume."""
-        return np.random.default_rng([self.config.seed, self.number, stream])
+    def _rng(self, purpose: Stream) -> np.random.Generator:
+        return stream(self.config.seed, self.number, purpose)
+
+
+def _finite(
+    predictions: Mapping[str, Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the named numbers of each prediction that has an energy, if all are finite."""
+    return {
+        key: {name: np.asarray(p[name]).tolist() for name in names if name in p}
+        for key, p in predictions.items()
+        if "energy" in p and all(np.isfinite(p[name]).all() for name in names if name in p)
+    }
 
 
 def _features(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray | None:

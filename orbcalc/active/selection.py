@@ -1,4 +1,4 @@
-"""Which structures to label next: the hardest ones, and a uniform random audit.
+"""Which structures to label next: a batch of hard or diverse ones, and a uniform random audit.
 
 Arrays in, indices out; nothing here knows what the candidates are. All randomness comes from
 the generator that the caller hands in.
@@ -7,6 +7,7 @@ the generator that the caller hands in.
 from __future__ import annotations
 
 import operator
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,18 @@ from jaxtyping import Float, Int
 
 from orbcalc.errors import ConfigError
 
-__all__ = ["draw_audit", "select_hardest"]
+__all__ = [
+    "draw_audit",
+    "power_law_costs",
+    "score_per_cost",
+    "select_batch",
+    "select_determinant",
+    "select_diverse",
+    "select_hardest",
+]
+
+#: How a batch is chosen.
+BatchMethod = Literal["uncertainty", "determinant", "diversity", "random"]
 
 
 def draw_audit(
@@ -55,6 +67,240 @@ def draw_audit(
     size = min(as_count(size, "size"), n_candidates)
     _check_generator(rng)
     return np.sort(rng.choice(n_candidates, size=size, replace=False, shuffle=False))
+
+
+def select_batch(
+    method: BatchMethod,
+    scores: npt.ArrayLike,
+    size: int,
+    *,
+    features: npt.ArrayLike | None = None,
+    costs: npt.ArrayLike | None = None,
+    diversity: float = 2.0,
+    rng: np.random.Generator,
+) -> Int[np.ndarray, " n_selected"]:
+    """Select a batch by one of four methods.
+
+    ``uncertainty`` is :func:`select_hardest`, ``determinant`` :func:`select_determinant`, both of
+    the scores per cost; ``diversity`` is :func:`select_diverse`, which knows no scores, and
+    ``random`` a uniform sample: the baselines.
+
+    Parameters
+    ----------
+    method
+        One of the four.
+    scores, size, features, diversity, rng
+        As in :func:`select_hardest`.
+    costs
+        (n,) seconds or any other positive cost of each label, see :func:`score_per_cost`.
+
+    Raises
+    ------
+    ConfigError
+        If an argument does not fit the method.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> select_batch("uncertainty", [4, 3, 1], 1, costs=[8, 1, 1], rng=rng).tolist()
+    [1]
+    """
+    hardness = _numbers(scores, "scores", n_axes=1)
+    if method == "random":
+        _check_generator(rng)
+        shuffled: Int[np.ndarray, " n"] = rng.permutation(len(hardness))
+        return shuffled[: as_count(size, "size")]
+    if costs is not None:
+        hardness = score_per_cost(hardness, costs)
+    if method == "uncertainty":
+        return select_hardest(hardness, size, features=features, diversity=diversity, rng=rng)
+    if len(hardness) == 0:
+        return np.zeros(0, dtype=np.intp)
+    if features is None:
+        raise ConfigError(f"the selection method {method!r} needs features")
+    if method == "determinant":
+        return select_determinant(hardness, size, features=features, rng=rng)
+    return select_diverse(_points(features, len(hardness)), size, rng=rng)
+
+
+def score_per_cost(scores: npt.ArrayLike, costs: npt.ArrayLike) -> Float[np.ndarray, " n"]:
+    """Divide scores by what the labels cost; a score that is not finite stays the hardest.
+
+    Parameters
+    ----------
+    scores
+        (n,) at least 0 where they are finite: else a dear label would look the better one.
+    costs
+        (n,) finite and positive, in any one unit.
+
+    Raises
+    ------
+    ConfigError
+        If shapes differ, a cost is not finite and positive, or a score is negative.
+
+    Examples
+    --------
+    >>> score_per_cost([1.0, 4.0, np.nan], [2.0, 2.0, 5.0]).tolist()
+    [0.5, 2.0, inf]
+    """
+    hardness, divisors = _numbers(scores, "scores", n_axes=1), _numbers(costs, "costs", n_axes=1)
+    if hardness.shape != divisors.shape:
+        raise ConfigError(f"{len(divisors)} costs for {len(hardness)} scores: give one for each")
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ConfigError("costs must be finite and positive")
+    known = np.isfinite(hardness)
+    if (hardness[known] < 0).any():
+        raise ConfigError("scores must not be negative if they are divided by costs")
+    return np.divide(hardness, divisors, out=np.full_like(hardness, np.inf), where=known)
+
+
+def power_law_costs(
+    sizes: npt.ArrayLike, known_sizes: npt.ArrayLike, known_costs: npt.ArrayLike
+) -> Float[np.ndarray, " n"]:
+    """Predict costs from sizes by ``cost = a size^b``, fitted in logarithms (least squares).
+
+    Parameters
+    ----------
+    sizes
+        (n,) positive sizes, as numbers of atoms, of what a cost is wanted for.
+    known_sizes, known_costs
+        (m,) of what has been labelled; costs of 0 or that are not finite are left out.
+
+    Returns
+    -------
+    costs
+        (n,) in the unit of the known ones. With fewer than two different sizes known, b = 0; with
+        none, all 1.
+
+    Raises
+    ------
+    ConfigError
+        If shapes differ or a size is not positive.
+
+    Examples
+    --------
+    >>> power_law_costs([40], [10, 20], [1.0, 8.0]).round(6).tolist()
+    [64.0]
+    """
+    wanted, x = _numbers(sizes, "sizes", n_axes=1), _numbers(known_sizes, "sizes", n_axes=1)
+    y = _numbers(known_costs, "costs", n_axes=1)
+    if x.shape != y.shape:
+        raise ConfigError(f"{len(y)} costs for {len(x)} known sizes: give one for each")
+    if not ((wanted > 0).all() and (x > 0).all()):
+        raise ConfigError("sizes must be positive")
+    usable = np.isfinite(y) & (y > 0)
+    if not usable.any():
+        return np.ones(len(wanted))
+    log_x, log_y = np.log(x[usable]), np.log(y[usable])
+    spread = ((log_x - log_x.mean()) ** 2).sum()
+    power = ((log_x - log_x.mean()) * log_y).sum() / spread if spread > 1e-12 else 0.0
+    costs: Float[np.ndarray, " n"] = np.exp(log_y.mean() + power * (np.log(wanted) - log_x.mean()))
+    return costs
+
+
+def select_diverse(
+    features: npt.ArrayLike, size: int, *, rng: np.random.Generator
+) -> Int[np.ndarray, " n_selected"]:
+    """Select candidates far from each other, whatever their scores: a baseline.
+
+    It starts at a random one and grows by the one farthest (Euclidean) from all chosen so far.
+
+    Parameters
+    ----------
+    features
+        (n, d) array; a row that is not finite counts as infinitely far from the others.
+    size
+        How many to select; a size beyond the pool means the whole pool.
+    rng
+        Chooses the first one.
+
+    Raises
+    ------
+    ConfigError
+        If a shape or the size is wrong, or ``rng`` is no Generator.
+
+    Examples
+    --------
+    >>> chosen = select_diverse([[0], [1], [9]], 2, rng=np.random.default_rng(0))
+    >>> 2 in chosen
+    True
+    """
+    points = _numbers(features, "features", n_axes=2)
+    _check_generator(rng)
+    order: Int[np.ndarray, " n"] = rng.permutation(len(points))
+    size = min(as_count(size, "size"), len(points))
+    return np.take(order, _farthest_points(points[order], size))
+
+
+def select_determinant(
+    scores: npt.ArrayLike, size: int, *, features: npt.ArrayLike, rng: np.random.Generator
+) -> Int[np.ndarray, " n_selected"]:
+    """Select hard and mutually different candidates by a greedy determinant.
+
+    With ``L_ij = q_i q_j exp(-|x_i - x_j|^2 / 2 w^2)``, q the scores and w the root mean square
+    distance of the features from their mean, the batch grows by the candidate that makes det L of
+    the batch largest: the mode of a determinantal point process, approximated greedily (Chen,
+    Zhang & Zhou, arXiv 1709.05135, algorithm 1; O(n size^2)). There is no shortlist, so a
+    candidate that is far away may win over a harder one.
+
+    Parameters
+    ----------
+    scores
+        (n,) array, higher is harder; below 0 counts as 0. One that is not finite counts as twice
+        the highest finite one.
+    size
+        How many to select; a size beyond the pool means the whole pool.
+    features
+        (n, d) array; a row that is not finite resembles no other.
+    rng
+        Breaks ties.
+
+    Raises
+    ------
+    ConfigError
+        If a shape or the size is wrong, or ``rng`` is no Generator.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> select_determinant([3, 2.9, 1], 2, features=[[0], [0.1], [9]], rng=rng).tolist()
+    [0, 2]
+    """
+    hardness = _numbers(scores, "scores", n_axes=1)
+    points = _points(features, len(hardness))
+    _check_generator(rng)
+    size = min(as_count(size, "size"), len(hardness))
+    order: Int[np.ndarray, " n"] = rng.permutation(len(hardness))
+    hardness, points = hardness[order], _standardised(points[order])
+    finite = np.isfinite(hardness)
+    highest = max(hardness[finite].max(initial=0.0), np.finfo(float).tiny)
+    quality = np.where(finite, np.maximum(hardness / highest, 0.0), 2.0)
+    left = quality**2  # diagonal of L after the elimination of what was chosen
+    rows = np.zeros((size, len(hardness)))  # of its Cholesky factor
+    chosen = np.zeros(size, dtype=np.intp)
+    is_open = np.ones(len(hardness), dtype=bool)
+    for step in range(size):
+        best = chosen[step] = int(np.argmax(np.where(is_open, left, -np.inf)))
+        is_open[best] = False
+        if left[best] > 1e-12:
+            squares = ((points - points[best]) ** 2).sum(axis=1)
+            column = quality * quality[best] * np.exp(-np.nan_to_num(squares, nan=np.inf) / 2)
+            column[best] = quality[best] ** 2  # also where the features are not finite
+            rows[step] = (column - rows[:step, best] @ rows[:step]) / np.sqrt(left[best])
+            left = left - rows[step] ** 2
+    return np.take(order, chosen)
+
+
+def _standardised(points: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Scale features to a root mean square distance of 1 from their mean; not finite is NaN."""
+    known = np.isfinite(points).all(axis=1)
+    if not known.any():
+        return np.full_like(points, np.nan)
+    scaled = np.where(known[:, None], points, np.nan) / max(np.abs(points[known]).max(), 1e-300)
+    centred = scaled - scaled[known].mean(axis=0)
+    width = np.sqrt((centred[known] ** 2).sum(axis=1).mean())
+    standardised: Float[np.ndarray, "n d"] = centred / (width if width > 0 else 1.0)
+    return standardised
 
 
 def select_hardest(
@@ -114,11 +360,7 @@ def select_hardest(
     ranking = shuffled[np.argsort(-hardness[shuffled], kind="stable")]
     if features is None:
         return ranking[:size]
-    points = _numbers(features, "features", n_axes=2)
-    if len(points) != len(hardness):
-        raise ConfigError(
-            f"features have {len(points)} rows for {len(hardness)} scores: give one row for each"
-        )
+    points = _points(features, len(hardness))
     shortlist = ranking[: int(min(diversity * size, len(ranking)))]
     if len(shortlist) == size:
         return shortlist
@@ -150,6 +392,13 @@ def _numbers(values: npt.ArrayLike, name: str, *, n_axes: int) -> npt.NDArray[np
         expected = "(n,)" if n_axes == 1 else "(n, d)"
         raise ConfigError(f"{name} have shape {array.shape}, expected {expected}")
     return array
+
+
+def _points(features: npt.ArrayLike, n: int) -> Float[np.ndarray, "n d"]:
+    points = _numbers(features, "features", n_axes=2)
+    if len(points) != n:
+        raise ConfigError(f"features have {len(points)} rows for {n} scores: give one row for each")
+    return points
 
 
 def as_count(value: int, name: str) -> int:

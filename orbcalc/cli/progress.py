@@ -104,8 +104,8 @@ def event_in_words(record: Mapping[str, Any]) -> str:
             f"on {record['n_valid']} held out"
         )
     if event == "look":
-        mae = record["mae_per_atom"]
-        error = "no prediction" if mae is None else f"MAE {1000 * mae:.2f} meV/atom"
+        mean, unit = record["mean_error"], record["unit"]
+        error = "no prediction" if mean is None else f"MAE {1000 * mean:.2f} m{unit}"
         return (
             f"{where}audit of {record['audit']}: {record['misses']} misses, {error}, accuracy of "
             f"the pool at least {record['accuracy_bound']:.3f}"

@@ -294,6 +294,12 @@ class LabelStore:
                 counts["wall_time_s"] += state.wall_time_s
         return census
 
+    def wall_times(self, kind: Kind) -> dict[str, float]:
+        """Return the seconds that each ok label of a kind took, by structure key."""
+        return {
+            key: self._rows[key].states[kind].wall_time_s for key in self.keys(kind, LabelStatus.ok)
+        }
+
     def refresh(self) -> None:
         """Read what other processes have added."""
         with reading(self.path) as database:

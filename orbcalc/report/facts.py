@@ -114,6 +114,12 @@ class RunFacts:
         return self.rounds[-1].n_pool if self.rounds else 0
 
     @property
+    def energy_tolerance(self) -> float | None:
+        """Tolerance in eV/atom; None if the certificate is about something else."""
+        options = self.config.certificate
+        return options.tolerance if options.quantity == "energy_per_atom" else None
+
+    @property
     def latest_audit(self) -> RoundFacts | None:
         """The last round whose sample is labelled completely."""
         return next((r for r in reversed(self.rounds) if r.audited is not None), None)

@@ -72,7 +72,7 @@ def parity(run: RunFacts) -> Figure | None:
     if audit is not None and audit.audited is not None and len(audit.audited.absolute):
         known = np.isfinite(audit.audited.error)
         x, y = audit.audited.reference[known] * MILLI, audit.audited.predicted[known] * MILLI
-        band = run.config.certificate.tolerance * MILLI
+        band = (run.energy_tolerance or 0.0) * MILLI
         _parity(left, x, y, "meV/atom", size=16.0, alpha=0.75, band=band)
     else:
         leave_empty(left, "no audit yet")
@@ -161,8 +161,11 @@ def _learning_curve(axes: Axes, run: RunFacts) -> None:
         leave_empty(axes, "no audit yet")
         return
     labels, errors, spread = (np.array(column) for column in zip(*found, strict=True))
-    tolerance = run.config.certificate.tolerance * MILLI
-    axes.axhline(tolerance, color=GREEN, ls="--", lw=1.3, label=f"tolerance {tolerance:g} meV/atom")
+    everything = []
+    if run.energy_tolerance is not None:
+        everything.append(tolerance := run.energy_tolerance * MILLI)
+        name = f"tolerance {tolerance:g} meV/atom"
+        axes.axhline(tolerance, color=GREEN, ls="--", lw=1.3, label=name)
     spread = np.minimum(spread, 0.9 * errors)  # a bar that reaches 0 has no end on a log axis
     axes.errorbar(
         labels,
@@ -175,7 +178,7 @@ def _learning_curve(axes: Axes, run: RunFacts) -> None:
         label="MAE ± 1 std. error",
     )
     style_axes(axes)
-    everything = [*(errors - spread), *(errors + spread), tolerance]
+    everything += [*(errors - spread), *(errors + spread)]
     set_log(axes, "x", labels)
     set_log(axes, "y", everything)
     set_legend(axes, "best")
@@ -261,8 +264,9 @@ def _scatter_of_errors(axes: Axes, run: RunFacts, rounds: Sequence[RoundFacts]) 
     ends = np.array(x)
     axes.plot(ends, ends, color=INK, lw=1.2, label="error = σ")
     axes.plot(ends, 2 * ends, color=INK, lw=1.2, ls="--", label="error = 2 σ")
-    tolerance = run.config.certificate.tolerance * MILLI
-    axes.axhline(tolerance, color=GREEN, lw=1.2, ls=":", label="tolerance")
+    if run.energy_tolerance is not None:
+        tolerance = run.energy_tolerance * MILLI
+        axes.axhline(tolerance, color=GREEN, lw=1.2, ls=":", label="tolerance")
     for facts, pair, shade in zip(rounds, pairs, round_colours(len(rounds)), strict=True):
         axes.scatter(
             pair[0], np.maximum(pair[1], floor), s=16, color=shade, alpha=0.8, lw=0,

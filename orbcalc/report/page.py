@@ -17,6 +17,7 @@ from jaxtyping import Float
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import orbcalc
+from orbcalc.active.quantities import QUANTITIES
 from orbcalc.files import replace_file
 from orbcalc.report import figures
 from orbcalc.report.facts import RoundFacts, RunFacts
@@ -91,7 +92,7 @@ def render(run: RunFacts, images: Mapping[str, str]) -> str:
         images=images,
         captions=_captions(run),
         rounds=[_row(facts, run) for facts in run.rounds],
-        tolerance=_milli(run.config.certificate.tolerance),
+        tolerance=_tolerance(run),
         proof=_proof(run),
         provenance=_provenance(run),
         packages=_packages(),
@@ -201,7 +202,8 @@ def _parity_caption(run: RunFacts) -> str:
     if audit is not None:
         parts.append(
             f"Energies: the sample of round {audit.number}, as predicted before it was labelled, "
-            f"minus a per-element least-squares fit to all labels; the band is the tolerance."
+            f"minus a per-element least-squares fit to all labels"
+            f"{'' if run.energy_tolerance is None else '; the band is the tolerance'}."
         )
     if forces is not None:
         parts.append(f"Forces: {forces.source}, {forces.n_structures:,} structures.")
@@ -235,7 +237,11 @@ def _inside(ratios: Float[np.ndarray, " n"], k: int) -> str:
 # -------------------------------------------------------------------------------- tables
 def _row(facts: RoundFacts, run: RunFacts) -> dict[str, str]:
     sample = facts.audited
-    share = sample.share_within(run.config.certificate.tolerance) if sample else None
+    share = None
+    if run.energy_tolerance is not None and sample:
+        share = sample.share_within(run.energy_tolerance)
+    elif facts.look is not None and facts.look.n_audit:
+        share = 1 - facts.look.n_misses / facts.look.n_audit
     statuses = facts.statuses["audit"] + facts.statuses["batch"]
     failed = sum(n for status, n in statuses.items() if status not in ("ok", "waiting"))
     acquired = facts.acquired.mae if facts.acquired else None
@@ -262,11 +268,18 @@ def _progress(chosen: tuple[str, ...], statuses: Counter[str]) -> str:
     return f"{len(chosen) - waiting:,} of {len(chosen):,}" if waiting else f"{len(chosen):,}"
 
 
+def _tolerance(run: RunFacts) -> str:
+    options = run.config.certificate
+    quantity = QUANTITIES[options.quantity]
+    return f"{quantity.tolerance(options.tolerance)} ({quantity.name})"
+
+
 def _proof(run: RunFacts) -> dict[str, str]:
     options, certificate = run.config.certificate, run.certificate
     rows = {
-        "Tolerance": f"{options.tolerance * 1000:g} meV/atom (energy)",
+        "Tolerance": _tolerance(run),
         "Asked for (γ)": f"{100 * options.accuracy:g} % of the pool right",
+        "Mean error (clipped)": _mean_error(run),
         "Confidence (1 − δ)": f"{100 * (1 - options.delta):g} % over all looks together",
         "Method": {
             "hypergeometric": "random audit without replacement, exact hypergeometric bound",
@@ -281,7 +294,19 @@ def _proof(run: RunFacts) -> dict[str, str]:
             "Model": f"SHA-256 {certificate.model_hash}…",
             "Seed, version": f"{certificate.seed}, orbcalc {certificate.version}",
         }
-    return rows
+    return {name: text for name, text in rows.items() if text}
+
+
+def _mean_error(run: RunFacts) -> str:
+    options, certificate = run.config.certificate, run.certificate
+    if options.mean_error is None:
+        return ""
+    quantity = QUANTITIES[options.quantity]
+    asked = f"at most {quantity.tolerance(options.mean_error)} asked for"
+    proved = certificate.looks[-1].loss_bound if certificate and certificate.looks else None
+    if proved is None:
+        return asked
+    return f"{asked}, {1000 * proved * options.tolerance:.3g} m{quantity.unit} proved"
 
 
 def _provenance(run: RunFacts) -> dict[str, str]:

@@ -18,17 +18,19 @@ from killed_run import INITIAL, Story
 from small_runs import run_config, waters, write_pool
 
 from orbcalc.active.certificate import Certificate
+from orbcalc.active.design import stream
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, read_json, read_jsonl, write_structures
 from orbcalc.active.loop import run
 from orbcalc.active.modelling import _held_out
-from orbcalc.active.round import _BATCH, Round
+from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
 from orbcalc.config import RunConfig, StopConfig
 from orbcalc.errors import ConfigError, MissingLabelError
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model
+from orbcalc.report import write_report
 from orbcalc.structures import read_structures, structure_key
 
 FORGIVING = {"tolerance": 100.0, "accuracy": 0.5}
@@ -335,7 +337,7 @@ def test_an_element_that_no_model_knows_yet_is_the_hardest_and_a_miss(
 ) -> None:
     ammonia = molecule("NH3")
     n_pool, seed = 31, 1
-    drawn = draw_audit(n_pool, 10, np.random.default_rng([seed, 0, _BATCH]))
+    drawn = draw_audit(n_pool, 10, stream(seed, 0, "batch"))
     place = min(set(range(n_pool)) - set(drawn.tolist()))
     structures = waters(n_pool - 1)
     structures.insert(place, ammonia)
@@ -414,3 +416,57 @@ def test_the_only_structure_with_an_element_is_trained_on() -> None:
     for seed in range(20):
         structures = [molecule("NH3"), *waters(5, seed)]
         assert not _held_out(structures, 0.49)[0]
+
+
+# --------------------------------------------------------------- other rules and quantities
+def test_forces_and_their_mean_error_are_certified(
+    client: Client, pool: Path, tmp_path: Path
+) -> None:
+    config = run_config(
+        pool,
+        tmp_path / "run",
+        certificate={
+            "quantity": "forces",
+            "tolerance": 100.0,
+            "mean_error": 90.0,
+            "accuracy": 0.5,
+        },
+        selection={"method": "determinant", "cost_aware": True},
+        stop={"max_rounds": 3},
+    )
+    certificate = run(config, client=client)
+    assert certificate.certified
+    assert certificate.quantity == "largest error of the force on an atom, eV/Å"
+    look = certificate.looks[-1]
+    selection = read_json(config.output / "rounds" / f"{look.look:03d}" / "selection.json")
+    store = LabelStore(config.output / "labels.db")
+    losses = []
+    for key in selection["audit"]:
+        label = store.get(key, "reference")
+        assert label is not None
+        difference = np.array(selection["predictions"][key]["forces"]) - label.values["forces"]
+        losses.append(min(np.sqrt((difference**2).sum(axis=1)).max() / 100.0, 1.0))
+    assert sorted(look.losses or ()) == pytest.approx(sorted(losses))
+    assert "mean over the pool of the absolute error, clipped at 100" in certificate.statement
+    report = write_report(config.output)
+    text = report.read_text()
+    assert "largest error of the force on an atom" in text
+    assert "Mean error (clipped)" in text
+
+
+def test_total_energies_have_a_tolerance_of_their_own(
+    client: Client, pool: Path, tmp_path: Path
+) -> None:
+    errors = {}
+    for quantity in ("energy", "energy_per_atom"):
+        config = run_config(
+            pool,
+            tmp_path / quantity,
+            certificate={"quantity": quantity},
+            selection={"method": "random"},
+        )
+        assert run(config, client=client).reason == "max_rounds"
+        (event,) = (e for e in read_jsonl(config.output / "events.jsonl") if e["event"] == "look")
+        errors[quantity] = event["mean_error"]
+        assert event["unit"] == ("eV" if quantity == "energy" else "eV/atom")
+    assert errors["energy"] == pytest.approx(3 * errors["energy_per_atom"], rel=1e-3)

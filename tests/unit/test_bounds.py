@@ -2,13 +2,22 @@
 
 import math
 from fractions import Fraction
+from itertools import permutations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from orbcalc.active.bounds import kl_lower_bound, look_level, max_misses
+from orbcalc.active.bounds import (
+    BET_LIMIT,
+    clipped_losses,
+    kl_lower_bound,
+    look_level,
+    max_mean,
+    max_misses,
+)
 from orbcalc.errors import ConfigError
 
 deltas = st.floats(1e-4, 0.5)
@@ -98,6 +107,7 @@ def test_delta_must_be_a_probability(delta: float) -> None:
         lambda: max_misses(5, 3, 1, delta),
         lambda: kl_lower_bound(0.5, 3, delta),
         lambda: look_level(delta, 1),
+        lambda: max_mean([0.5], 3, delta),
     ):
         with pytest.raises(ConfigError, match=r"delta is .*, expected a number in \(0, 1\)"):
             call()
@@ -137,3 +147,124 @@ def test_kl_bound_is_never_tighter_than_the_exact_one(sizes, delta: float) -> No
     alpha = kl_lower_bound((sample - misses) / max(sample, 1), sample, delta)
     exact = max_misses(population, sample, misses, delta)
     assert math.floor((1 - alpha) * population + 1e-9) >= exact
+
+
+# ------------------------------------------------------------------------------ betting
+@st.composite
+def losses_of_pools(draw, most: int = 25):
+    unit = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0]))
+    pool = draw(st.lists(unit, min_size=1, max_size=most))
+    return np.array(pool), draw(st.integers(0, len(pool)))
+
+
+def is_refuted(mean: float, losses: np.ndarray, population: int, delta: float) -> bool:
+    """Bet against a mean, one loss after the other, as the paper says it."""
+    capital, seen, squares, sums = 1.0, 0.0, 0.25, 0.5
+    for i, x in enumerate(losses, start=1):
+        rest = (population * mean - seen) / (population - i + 1)
+        variance = squares / i
+        bet = math.sqrt(2 * math.log(1 / delta) / (variance * i * math.log(1 + i)))
+        capital *= 1 - min(bet, BET_LIMIT / max(1 - rest, 1e-300)) * (x - rest)
+        if capital >= 1 / delta:
+            return True
+        seen, sums = seen + x, sums + x
+        squares += (x - sums / (i + 1)) ** 2
+    return False
+
+
+@settings(deadline=None, max_examples=60)
+@given(losses_of_pools(), deltas)
+def test_betting_bound_is_where_a_plain_loop_stops_to_refute(pool, delta: float) -> None:
+    losses, size = pool[0][: pool[1]], pool[1]
+    n = len(pool[0])
+    bound = float(max_mean(losses, n, delta))
+    least = losses.sum() / n
+    assert least - 1e-12 <= bound <= least + (n - size) / n + 1e-12
+    if 0 < size < n:
+        if bound < least + (n - size) / n - 1e-6:
+            assert is_refuted(bound + 1e-7, losses, n, delta)
+        if bound > least + 1e-6:
+            assert not is_refuted(bound - 1e-7, losses, n, delta)
+
+
+@settings(deadline=None, max_examples=60)
+@given(losses_of_pools(), deltas)
+def test_betting_bound_falls_with_delta_and_with_each_loss_seen(pool, delta: float) -> None:
+    losses, size = pool
+    n = len(losses)
+    bound = float(max_mean(losses[:size], n, delta))
+    assert float(max_mean(losses[:size], n, delta / 2)) >= bound - 1e-8
+    if size < n - 1:  # capital that was won once counts for ever
+        assert float(max_mean(losses[: size + 1], n, delta)) <= bound + 1e-8
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize(
+    "pool", [[0, 0, 0, 0, 0, 1, 1], [0, 0.1, 0.2, 0.3, 0.9, 1, 1], [0.5] * 7, [0, 0, 1, 1, 1, 1, 1]]
+)
+def test_betting_bound_holds_at_all_times_for_every_order(pool: list[float], delta: float) -> None:
+    """Every ordered sample of a small pool, so the probabilities are exact."""
+    orders = np.array(list(permutations(pool)), dtype=float)
+    wrong = np.zeros(len(orders), dtype=bool)
+    for size in range(1, len(pool)):
+        wrong |= max_mean(orders[:, :size], len(pool), delta) < np.mean(pool) - 1e-9
+    assert wrong.mean() <= delta
+
+
+def test_a_sorted_sample_breaks_the_betting_bound() -> None:
+    """The order must have nothing to do with the losses; this is why samples are shuffled."""
+    rng = np.random.default_rng(0)
+    pools = (rng.random((400, 300)) < 0.3).astype(float)
+    samples = pools[:, :60]
+    truth = pools.mean(axis=1)
+    assert (max_mean(samples, 300, 0.2) < truth).mean() < 0.2
+    assert (max_mean(np.sort(samples, axis=1), 300, 0.2) < truth).mean() > 0.2
+
+
+def test_betting_bound_of_many_samples_is_that_of_each() -> None:
+    samples = np.random.default_rng(0).random((3, 4, 10))
+    together = max_mean(samples, 40, 0.1)
+    assert together.shape == (3, 4)
+    for index in np.ndindex(3, 4):
+        assert together[index] == max_mean(samples[index], 40, 0.1)
+
+
+def test_betting_bound_at_the_edges() -> None:
+    assert float(max_mean([], 9, 0.05)) == 1.0
+    assert float(max_mean([], 0, 0.05)) == 0.0
+    assert float(max_mean([0.25, 0.75], 2, 0.05)) == 0.5
+    assert float(max_mean([1.0] * 8, 9, 0.05)) == pytest.approx(1.0, abs=1e-8)
+    assert float(max_mean([1.0], 9, 0.05)) == pytest.approx(1.0, abs=1e-8)
+    assert float(max_mean([0.0] * 8, 9, 0.05)) <= 1 / 9
+    assert float(max_mean(np.zeros(5000), 10**6, 0.05)) < 0.002
+
+
+def test_betting_bound_notices_small_errors_where_counting_misses_cannot() -> None:
+    losses = np.random.default_rng(0).uniform(0, 0.1, 100)
+    assert float(max_mean(losses, 1000, 0.05)) < 0.1 + 0.5 * losses.mean()
+
+
+@pytest.mark.parametrize(
+    ("losses", "n", "message"),
+    [
+        ([0.5, 1.1], 5, r"must be in \[0, 1\]"),
+        ([0.5, -0.1], 5, r"must be in \[0, 1\]"),
+        ([float("nan")], 5, "NaN excluded"),
+        ([0.5, 0.5], 1, r"shape \(2,\) in a population of 1"),
+        (np.array(0.5), 5, r"expected \(\.\.\., n\)"),
+    ],
+)
+def test_losses_that_cannot_be_bet_on(losses, n: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        max_mean(losses, n, 0.05)
+
+
+def test_losses_are_clipped_and_what_is_unknown_is_lost() -> None:
+    found = clipped_losses([0.0, -0.5, 2.0, np.inf, -np.inf, np.nan], 1.0)
+    assert found.tolist() == [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    assert clipped_losses([], 1.0).shape == (0,)
+    for cap in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="expected a finite number above 0"):
+            clipped_losses([0.0], cap)
+    with pytest.raises(ConfigError, match=r"errors have shape \(1, 1\)"):
+        clipped_losses([[0.0]], 1.0)

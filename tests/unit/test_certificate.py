@@ -18,6 +18,7 @@ from orbcalc.active.certificate import (
     hits,
     kl_batch_look,
     kl_lower_bound,
+    max_mean,
     max_misses,
 )
 from orbcalc.errors import ConfigError
@@ -164,6 +165,111 @@ def test_impossible_samples_of_a_look_are_refused(sample_hits, failed, message: 
 def test_gamma_must_be_a_share(gamma: float) -> None:
     with pytest.raises(ConfigError, match=r"gamma is .*, expected a number in \(0, 1\]"):
         audit_look(COUNTS, [True], look=1, gamma=gamma, delta=0.05)
+
+
+# -------------------------------------------------------------------------- mean error
+def test_accounting_of_a_mean_error() -> None:
+    losses = np.full(40, 0.1)
+    losses[:3] = 1.0
+    hit, failed = losses < 1, np.arange(40) == 0
+    look = audit_look(COUNTS, hit, failed=failed, losses=losses, max_loss=0.4, **TERMS)
+    assert look.level == 0.0125  # half of look 1's for each of the two bounds
+    assert look.misses_bound == max_misses(100, 40, 3, 0.0125) - 3
+    left = 100 * float(max_mean(losses, 100, 0.0125)) - losses.sum()
+    # 10 failed before and 1 in the audit count in full, all other labels not at all.
+    assert look.loss_bound == pytest.approx((10 + 1 + left) / 200, abs=1.1e-6)
+    assert look.loss_bound >= (10 + 1 + left) / 200 - 1e-11
+
+
+def test_a_mean_error_is_certified_only_with_the_hits() -> None:
+    hit, small, large = np.ones(100, dtype=bool), np.full(100, 0.05), np.full(100, 0.9)
+    counts = PoolCounts(1000, 500, 0)
+    terms = TERMS | {"max_loss": 0.2}
+    assert audit_look(counts, hit, losses=small, **terms).certified
+    assert not audit_look(counts, hit, losses=large, **terms).certified
+    assert audit_look(counts, hit, losses=large, **TERMS | {"max_loss": 0.9}).certified
+    assert not audit_look(counts, ~hit, losses=np.ones(100), **TERMS).certified
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_loss_bound_holds_whenever_the_mean_of_the_losses_does(data) -> None:
+    """Compare with the output built structure by structure."""
+    losses = np.array(data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=30)))
+    size = data.draw(st.integers(0, len(losses)))
+    n_labelled, n_failed = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9))
+    n = len(losses) + n_labelled + n_failed
+    failed = losses[:size] == 1
+    look = audit_look(
+        PoolCounts(n, n_labelled, n_failed),
+        ~failed,
+        failed=failed,
+        losses=losses[:size],
+        **TERMS,
+    )
+    truth = (n_failed + failed.sum() + losses[size:].sum()) / n
+    holds = losses.mean() <= float(max_mean(losses[:size], len(losses), look.level)) + 1e-12
+    assert (not holds) or truth <= look.loss_bound + 1e-9
+    assert look.loss_bound <= (n - n_labelled) / n + 1e-6
+    if size == len(losses):
+        assert look.loss_bound == pytest.approx(truth, abs=1.1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "changes", "message"),
+    [
+        ([0.5], {}, r"losses have shape \(1,\) for 2 hits"),
+        ([0.5, 0.5], {}, "1 where the label failed"),
+        ([0.5, 1.0], {"max_loss": 0.0}, "max_loss is 0.0"),
+        ([0.5, 1.0], {"max_loss": 1.5}, "max_loss is 1.5"),
+        ([-0.5, 1.0], {}, r"must be in \[0, 1\]"),
+    ],
+)
+def test_impossible_losses_are_refused(losses, changes, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        audit_look(COUNTS, [True, False], failed=[False, True], losses=losses, **TERMS | changes)
+
+
+def make_mean_certificate(**changes) -> Certificate:
+    terms = {"gamma": 0.9, "delta": 0.05, "max_loss": 0.4}
+    losses = np.random.default_rng(0).uniform(0, 0.2, 80)
+    looks = [
+        audit_look(
+            PoolCounts(500, 100 * n, 1), np.ones(80, dtype=bool), losses=losses, look=n, **terms
+        )
+        for n in (1, 2)
+    ]
+    values = vars(make_certificate()) | {
+        "looks": tuple(looks), "gamma": 0.9, "n_pool": 500, "mean_error": 0.002,
+    }  # fmt: skip
+    return Certificate(**values | changes)
+
+
+def test_a_certificate_of_a_mean_error() -> None:
+    certificate = make_mean_certificate()
+    assert certificate.certified
+    assert Certificate.from_json(certificate.to_json()) == certificate
+    bound = certificate.looks[-1].loss_bound * 0.005
+    assert (
+        f"clipped at 0.005, is at most {bound:.3g} (0.002 was asked for)" in certificate.statement
+    )
+    assert "mean over the pool" not in make_certificate().statement
+
+
+def test_a_mean_error_that_does_not_follow_from_its_losses_is_noticed() -> None:
+    looks = make_mean_certificate().looks
+    better = replace(looks[1], losses=(0.0, *looks[1].losses[1:]))
+    for changes, message in (
+        ({"looks": (looks[0], better)}, "look 2 of the certificate does not follow"),
+        ({"looks": (looks[0], replace(looks[1], losses=(0.1,)))}, "1 losses for a sample of 80"),
+        ({"mean_error": None}, "look 1 and the certificate disagree"),
+        ({"mean_error": 0.006}, "mean_error is 0.006, expected"),
+        ({"mean_error": 0.0}, "mean_error is 0.0, expected"),
+        ({"mean_error": 0.0001}, "look 1 of the certificate does not follow"),
+        ({"looks": (replace(looks[0], method="kl_batch"), looks[1])}, "says nothing about them"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_mean_certificate(**changes)
 
 
 # ------------------------------------------------------------------------- certificate

@@ -221,3 +221,28 @@ def test_examples_are_valid(path):
     assert config.pool.start or config.pool.structures
     for structures in (*config.pool.start, *config.pool.structures):
         assert structures.exists()
+
+
+@pytest.mark.parametrize(
+    ("certificate", "message"),
+    [
+        ({"tolerance": 0.01, "mean_error": 0.02}, "mean_error exceeds the tolerance"),
+        ({"mean_error": 0.001, "method": "kl_batch"}, "which kl_batch has not"),
+        ({"quantity": "force"}, "energy_per_atom"),
+    ],
+)
+def test_certificates_that_cannot_be_are_refused(certificate, message: str) -> None:
+    data = {"pool": {"structures": "pool.xyz"}, "certificate": certificate}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(data, RunConfig)
+
+
+def test_a_certificate_of_forces_needs_labels_of_forces() -> None:
+    data = {
+        "pool": {"structures": "pool.xyz"},
+        "labels": {"forces": False},
+        "tasks": {"forces": 0},
+        "certificate": {"quantity": "forces"},
+    }
+    with pytest.raises(ConfigError, match=r"quantity is forces, but labels\.forces is false"):
+        parse_config(data, RunConfig)

@@ -157,6 +157,8 @@ def test_lookups(path):
         assert view.status(keys[3], "reference") is None
         assert view.get(keys[0], "charges") is None
         assert view.census() == {"reference": {"ok": 2, "failed": 1, "wall_time_s": 1.5}}
+        assert view.wall_times("reference") == {keys[0]: 0.5, keys[2]: 0.5}
+        assert view.wall_times("charges") == {}
         assert view.provenance("reference") == PROVENANCE
         assert view.provenance("charges") is None
         order = [keys[2], keys[0]]

@@ -144,7 +144,7 @@ def test_errors_are_those_of_predictions_made_before_labelling(run: RunFolder) -
         assert compared is not None
         np.testing.assert_allclose(compared.error, audit_errors(run, number), atol=1e-10)
         (event,) = (e for e in facts.events if e["event"] == "look" and e["round"] == number)
-        assert compared.mae == pytest.approx(event["mae_per_atom"])
+        assert compared.mae == pytest.approx(event["mean_error"])
     assert facts.rounds[0].audited is None
 
 

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from orbcalc.active.selection import draw_audit, select_hardest
+from orbcalc.active.selection import (
+    draw_audit,
+    power_law_costs,
+    score_per_cost,
+    select_batch,
+    select_determinant,
+    select_diverse,
+    select_hardest,
+)
 from orbcalc.errors import ConfigError
 
 
@@ -147,3 +155,129 @@ def test_a_size_that_is_no_integer_or_a_seed_is_refused() -> None:
         select_hardest([1.0, 2.0], 1, rng=0)  # type: ignore[arg-type]
     with pytest.raises((ConfigError, TypeError), match="Generator"):
         draw_audit(5, 2, np.random)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------ other batches
+METHODS = ("uncertainty", "determinant", "diversity", "random")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(METHODS),
+    st.lists(st.floats(0, 10) | st.just(float("nan")), max_size=20),
+    st.integers(0, 25),
+    st.integers(0, 9),
+)
+def test_every_method_selects_distinct_candidates_and_reproducibly(method, scores, size, seed):
+    points = seeded(seed).normal(size=(len(scores), 2))
+    points[::4] = points[:1]  # duplicates
+    points[1::5] = np.nan
+    first, again = (
+        select_batch(method, scores, size, features=points, rng=seeded(seed)) for _ in range(2)
+    )
+    assert first.tolist() == again.tolist()
+    assert len(first) == len(set(first.tolist())) == min(size, len(scores))
+    assert set(first.tolist()) <= set(range(len(scores)))
+
+
+def test_the_default_method_is_the_hardest_first() -> None:
+    scores, points = seeded(1).random(30), seeded(2).normal(size=(30, 3))
+    chosen = select_batch("uncertainty", scores, 6, features=points, rng=seeded())
+    expected = select_hardest(scores, 6, features=points, rng=seeded())
+    assert chosen.tolist() == expected.tolist()
+
+
+def test_random_batches_do_not_look_at_scores() -> None:
+    counts = Counter(
+        i for s in range(600) for i in select_batch("random", [9, 1, 0, 5], 2, rng=seeded(s))
+    )
+    assert chisquare([counts[i] for i in range(4)]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("method", ["determinant", "diversity"])
+def test_methods_that_need_features_say_so(method) -> None:
+    with pytest.raises(ConfigError, match=f"'{method}' needs features"):
+        select_batch(method, [1.0], 1, rng=seeded())
+    assert len(select_batch(method, [], 1, rng=seeded())) == 0
+
+
+def slow_determinant(scores: np.ndarray, points: np.ndarray, size: int) -> list[int]:
+    """Grow the batch by the largest determinant, each computed from scratch."""
+    centred = points - points.mean(axis=0)
+    width = (centred**2).sum(axis=1).mean()
+    squares = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    kernel = np.outer(scores, scores) * np.exp(-squares / (2 * width))
+    chosen: list[int] = []
+    while len(chosen) < size:
+        rest = [i for i in range(len(scores)) if i not in chosen]
+        values = [np.linalg.det(kernel[np.ix_([*chosen, i], [*chosen, i])]) for i in rest]
+        chosen.append(rest[int(np.argmax(values))])
+    return chosen
+
+
+def test_determinant_equals_determinants() -> None:
+    rng = seeded(5)
+    scores, points = rng.uniform(0.5, 1, 30), rng.normal(size=(30, 4))
+    chosen = select_determinant(scores, 7, features=points, rng=seeded())
+    assert chosen.tolist() == slow_determinant(scores, points, 7)
+
+
+def test_determinant_weighs_scores_against_distances() -> None:
+    points = np.array([[0.0], [0.01], [5.0], [9.0]])
+    chosen = select_determinant([3, 2.9, 1, 1e-9], 3, features=points, rng=seeded())
+    assert chosen.tolist() == [0, 2, 1]  # far but hopelessly easy: last
+    first = select_determinant([1, np.nan, 5], 1, features=np.zeros((3, 1)), rng=seeded())
+    assert first.tolist() == [1]
+    nothing = select_determinant(np.zeros(5), 5, features=np.zeros((5, 2)), rng=seeded())
+    assert sorted(nothing.tolist()) == list(range(5))
+
+
+def test_diversity_alone_takes_one_of_each_cluster() -> None:
+    centres = np.repeat(10.0 * np.arange(4), 5)[:, None]
+    for seed in range(10):
+        chosen = select_diverse(centres, 4, rng=seeded(seed))
+        assert sorted(centres[chosen, 0]) == [0.0, 10.0, 20.0, 30.0]
+
+
+# -------------------------------------------------------------------------------- costs
+def test_costs_decide_between_equal_scores_and_unknown_scores_stay_first() -> None:
+    scores, costs = [1.0, 1.0, np.nan, np.inf], [4.0, 2.0, 1e9, 1.0]
+    assert score_per_cost(scores, costs).tolist() == [0.25, 0.5, np.inf, np.inf]
+    chosen = select_batch("uncertainty", scores, 3, costs=costs, rng=seeded())
+    assert set(chosen[:2].tolist()) == {2, 3}
+    assert chosen[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "costs", "message"),
+    [
+        ([1.0], [1.0, 2.0], "2 costs for 1 scores"),
+        ([1.0], [0.0], "finite and positive"),
+        ([1.0], [float("nan")], "finite and positive"),
+        ([-1.0], [1.0], "must not be negative"),
+    ],
+)
+def test_costs_that_make_no_sense(scores, costs, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        score_per_cost(scores, costs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0.001, 100), st.floats(0, 4), st.integers(0, 9))
+def test_power_law_is_found_again(factor: float, power: float, seed: int) -> None:
+    sizes = np.concatenate([[3, 40], seeded(seed).integers(2, 100, 10)]).astype(float)
+    costs = factor * sizes**power
+    costs[5], costs[6] = np.nan, 0.0  # unknown ones
+    found = power_law_costs([7, 200], sizes, costs)
+    np.testing.assert_allclose(found, factor * np.array([7.0, 200.0]) ** power, rtol=1e-6)
+
+
+def test_costs_without_anything_to_learn_from() -> None:
+    assert power_law_costs([5, 9], [], []).tolist() == [1.0, 1.0]
+    assert power_law_costs([5, 9], [4], [0.0]).tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(power_law_costs([5, 9], [4, 4], [2.0, 8.0]), 4.0)  # one size
+    assert power_law_costs([], [4], [1.0]).shape == (0,)
+    with pytest.raises(ConfigError, match="2 costs for 1 known sizes"):
+        power_law_costs([5], [4], [1.0, 2.0])
+    with pytest.raises(ConfigError, match="sizes must be positive"):
+        power_law_costs([0], [4], [1.0])

@@ -1,0 +1,271 @@
+"""Inference set design: the protocol, every end, and never a false certificate at the edges."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orbcalc.active.design import InferenceSetDesign, choose, largest_errors, reason_to_end
+from orbcalc.active.looks import PoolCounts, audit_look
+from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
+from orbcalc.errors import ConfigError
+
+SIZES = SelectionConfig(initial=10, batch=8, audit=12)
+RULES = CertificateConfig(tolerance=0.5, accuracy=0.8, delta=0.1)
+
+
+def finish(
+    design: InferenceSetDesign,
+    truth: np.ndarray,
+    predictions: np.ndarray,
+    scores: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Run a design with a model that learns nothing; returns what was asked for."""
+    asked = []
+    while not design.is_done:
+        if design.awaits_model:
+            asked.append(
+                design.ask(predictions, np.zeros(len(truth)) if scores is None else scores)
+            )
+        else:
+            asked.append(design.ask())
+        design.tell(asked[-1], truth[asked[-1]])
+        assert len(asked) < 200
+    return asked
+
+
+def make(n: int, **changes) -> InferenceSetDesign:
+    options = {"selection": SIZES, "certificate": RULES} | changes
+    return InferenceSetDesign(n, **options)
+
+
+# ------------------------------------------------------------------------------ protocol
+def test_a_good_model_is_certified_at_the_first_look() -> None:
+    design = make(200, name="squares", quantity="area")
+    asked = finish(design, np.zeros(200), np.zeros(200))
+    assert [len(a) for a in asked] == [10, 12]
+    assert design.certificate.certified
+    assert "of the 200 structures of pool squares" in design.certificate.statement
+    assert "(area)" in design.certificate.statement
+    assert sorted(design.labelled) == sorted(np.concatenate(asked))
+
+
+def test_every_index_is_asked_for_once_and_by_the_stated_sizes() -> None:
+    rng = np.random.default_rng(0)
+    design = make(100, stop=StopConfig(max_rounds=3))
+    asked = finish(design, np.zeros(100), np.ones(100), rng.random(100))
+    assert [len(a) for a in asked] == [10, 12, 8, 12, 8, 12]
+    everything = np.concatenate(asked)
+    assert len(set(everything.tolist())) == len(everything)
+    assert design.certificate.reason == "max_rounds"
+    assert [look.n_labelled for look in design.looks] == [10, 30, 50]
+
+
+def test_the_batch_is_the_hardest_of_what_is_not_audited() -> None:
+    scores = np.random.default_rng(1).random(100)
+    design = make(100, selection=SIZES.model_copy(update={"diversity": 1.0}))
+    initial = design.ask()
+    design.tell(initial, np.zeros(10))
+    audit = design.ask(np.ones(100), scores)
+    design.tell(audit, np.zeros(12))
+    rest = np.setdiff1d(np.arange(100), np.concatenate([initial, audit]))
+    assert design.ask().tolist() == rest[np.argsort(-scores[rest])[:8]].tolist()
+
+
+def test_the_same_seed_asks_for_the_same() -> None:
+    runs = [finish(make(80, seed=s), np.zeros(80), np.ones(80)) for s in (3, 3, 4)]
+    first, again, other = (np.concatenate(asked).tolist() for asked in runs)
+    assert first == again != other
+
+
+def test_asking_twice_changes_nothing_and_predictions_are_frozen() -> None:
+    design = make(100)
+    first = design.ask()
+    assert design.ask() is first
+    design.tell(first, np.zeros(10))
+    predictions = np.ones(100)
+    audit = design.ask(predictions, np.zeros(100))
+    predictions[:] = 0  # what was said before the labels counts
+    assert design.ask(np.zeros(100), np.zeros(100)).tolist() == audit.tolist()
+    look = design.tell(audit, np.zeros(12))
+    assert look is not None
+    assert look.n_audit_misses == 12
+
+
+def test_the_published_rule_asks_for_no_audit() -> None:
+    design = make(100, certificate=RULES.model_copy(update={"method": "kl_batch"}))
+    asked = finish(design, np.zeros(100), np.zeros(100))
+    assert {len(a) for a in asked[1:]} <= {8, 2}
+    assert {look.method for look in design.looks} == {"kl_batch"}
+    assert "assumptions that were not checked" in design.certificate.statement
+
+
+def test_mean_errors_are_certified_too() -> None:
+    rules = CertificateConfig(tolerance=1.0, accuracy=0.8, mean_error=0.3)
+    sizes = SelectionConfig(initial=10, batch=10, audit=60)
+    good, bad = (make(300, certificate=rules, selection=sizes) for _ in range(2))
+    finish(good, np.zeros(300), np.full(300, 0.05))
+    assert good.certificate.certified
+    assert len(good.looks) == 1
+    assert "clipped at 1, is at most" in good.certificate.statement
+    finish(bad, np.zeros(300), np.full(300, 0.9))  # hits all of them, but not near ones
+    assert bad.looks[0].accuracy_bound >= 0.8
+    assert not bad.looks[0].certified
+    left = 300 - len(bad.labelled)
+    assert 0.9 * left / 300 <= bad.looks[-1].loss_bound
+
+
+def test_losses_are_shuffled_before_they_are_bet_on() -> None:
+    rules = CertificateConfig(tolerance=1.0, accuracy=0.5, mean_error=0.9)
+    sizes = SelectionConfig(initial=10, batch=10, audit=90)
+    design = make(100, certificate=rules, selection=sizes)
+    finish(design, np.zeros(100), np.arange(100) / 100)
+    losses = np.array(design.looks[0].losses)
+    assert (np.diff(losses) < 0).sum() > 20  # the audit itself is sorted
+
+
+def test_labels_of_several_numbers_are_compared_by_the_largest_error() -> None:
+    predictions = np.zeros((100, 2, 3))
+    truth = np.zeros((100, 2, 3))
+    truth[:, 1, 2] = 0.6  # beyond the tolerance
+    design = make(100, stop=StopConfig(max_rounds=1))
+    finish(design, truth, predictions)
+    assert design.looks[0].n_audit_misses == 12
+    assert largest_errors(np.zeros((0, 3))).shape == (0,)
+
+
+def test_features_and_costs_reach_the_selection() -> None:
+    features = np.repeat(np.arange(8.0), 25)[:, None]
+    sizes = SIZES.model_copy(update={"method": "diversity"})
+    choice = choose(
+        np.zeros(200), sizes, audited=True, budget=None, seed=0, number=1, features=features
+    )
+    assert len(set(features[choice.batch, 0])) == 8
+    costs = np.where(np.arange(200) < 50, 1.0, 100.0)
+    choice = choose(np.ones(200), SIZES, audited=False, budget=None, seed=0, number=1, costs=costs)
+    assert len(choice.audit) == 0
+    assert (choice.batch < 50).all()
+
+
+# ------------------------------------------------------------------------------ refusals
+def test_misuse_is_named() -> None:
+    design = make(50)
+    with pytest.raises(ConfigError, match="the design has not ended"):
+        design.certificate  # noqa: B018
+    with pytest.raises(ConfigError, match="not the indices that were asked for"):
+        design.tell([1], [0.0])
+    indices = design.ask()
+    with pytest.raises(ConfigError, match="not the indices that were asked for"):
+        design.tell(indices[::-1], np.zeros(10))
+    with pytest.raises(ConfigError, match="3 labels for 10 indices"):
+        design.tell(indices, np.zeros(3))
+    design.tell(indices, np.zeros(10))
+    with pytest.raises(ConfigError, match="a model is awaited"):
+        design.ask()
+    with pytest.raises(ConfigError, match=r"predictions have shape \(49,\) for a pool of 50"):
+        design.ask(np.zeros(49), np.zeros(50))
+    with pytest.raises(ConfigError, match=r"scores have shape \(1,\) for a pool of 50"):
+        design.ask(np.zeros(50), np.zeros(1))
+    audit = design.ask(np.zeros(50), np.zeros(50))
+    with pytest.raises(ConfigError, match=r"labels have shape \(12, 2\)"):
+        design.tell(audit, np.zeros((12, 2)))
+    design.tell(audit, np.zeros(12))
+    assert design.is_done
+    with pytest.raises(ConfigError, match="the design has ended"):
+        design.ask()
+
+
+# ---------------------------------------------------------------------------------- edges
+def test_an_empty_pool_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the pool is empty"):
+        make(0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 15, 22])
+@pytest.mark.parametrize("method", ["hypergeometric", "kl_batch"])
+def test_pools_smaller_than_a_round_are_labelled_and_then_right(n: int, method) -> None:
+    design = make(n, certificate=RULES.model_copy(update={"method": method}))
+    finish(design, np.zeros(n), np.ones(n))  # a model that is always wrong
+    assert design.certificate.certified
+    assert len(design.labelled) >= 0.8 * n
+    assert design.looks[-1].n_right <= n
+
+
+def test_a_pool_of_failures_is_never_certified() -> None:
+    for n in (5, 60):
+        design = make(n, stop=StopConfig(max_rounds=99))
+        finish(design, np.full(n, np.nan), np.zeros(n))
+        assert design.certificate.reason == "pool exhausted"
+        assert design.looks[-1].accuracy_bound == 0.0
+        assert len(design.labelled) == 0
+
+
+def test_failures_can_be_told_without_nan() -> None:
+    design = make(60)
+    indices = design.ask()
+    design.tell(indices, np.zeros(10), failed=np.arange(10) < 4)
+    assert len(design.labelled) == 6
+
+
+@pytest.mark.parametrize("predicted", [np.nan, np.inf, -np.inf])
+def test_predictions_that_are_nothing_are_misses(predicted: float) -> None:
+    design = make(60, stop=StopConfig(max_rounds=99))
+    scores = np.full(60, np.nan)
+    asked = finish(design, np.zeros(60), np.full(60, predicted), scores)
+    assert all(look.n_audit_misses == look.n_audit for look in design.looks)
+    assert design.certificate.certified  # once 80 % are labelled, and not before
+    assert len(np.concatenate(asked)) >= 48
+
+
+def test_a_target_out_of_reach_ends_at_the_budget_without_a_certificate() -> None:
+    rules = CertificateConfig(tolerance=0.5, accuracy=0.999)
+    design = make(500, certificate=rules, stop=StopConfig(max_rounds=99, max_labels=75))
+    asked = finish(design, np.zeros(500), np.ones(500))
+    assert design.certificate.reason == "max_labels"
+    assert not design.certificate.certified
+    assert sum(len(a) for a in asked) == 75
+
+
+def test_a_budget_below_the_first_round_is_kept() -> None:
+    design = make(500, stop=StopConfig(max_labels=4))
+    assert len(design.ask()) == 4
+    finish(design, np.zeros(500), np.zeros(500))
+    assert design.certificate.reason == "max_labels"
+    assert design.looks[-1].accuracy_bound == 4 / 500
+
+
+def test_duplicates_are_counted_one_by_one() -> None:
+    """Half the pool is one object that the model gets wrong, however often it is labelled."""
+    truth = np.where(np.arange(100) < 50, 1.0, 0.0)
+    features = truth[:, None]
+    design = make(100, stop=StopConfig(max_rounds=99))
+    while not design.is_done:
+        indices = design.ask(np.zeros(100), np.zeros(100), features=features)
+        design.tell(indices, truth[indices])
+    right = np.zeros(100, dtype=bool)
+    right[50:], right[design.labelled] = True, True
+    assert right.mean() >= design.looks[-1].accuracy_bound
+    assert design.certificate.certified
+
+
+def test_reasons_come_in_order() -> None:
+    terms = {"gamma": 0.9, "delta": 0.05}
+    bad = audit_look(PoolCounts(100, 10, 0), np.zeros(20, dtype=bool), look=2, **terms)
+    assert reason_to_end(bad, StopConfig(max_rounds=3)) is None
+    assert reason_to_end(bad, StopConfig(max_rounds=2, max_labels=30)) == "max_rounds"
+    assert reason_to_end(bad, StopConfig(max_rounds=3, max_labels=30)) == "max_labels"
+    lost = audit_look(PoolCounts(30, 0, 10), np.zeros(20, dtype=bool), look=1,
+                      failed=np.ones(20, dtype=bool), **terms)  # fmt: skip
+    assert reason_to_end(lost, StopConfig()) == "pool exhausted"
+
+
+def test_it_loads_neither_chemistry_nor_networks() -> None:
+    heavy = "{'torch', 'ase', 'dask', 'distributed', 'tblite', 'e3nn'}"
+    code = f"import orbcalc.active.design, sys; print({heavy} & set(sys.modules))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout == "set()\n", done.stderr
