@@ -1,0 +1,27 @@
+"""Strict configuration models: one per layer, and the reader of their YAML files.
+
+Unknown keys are errors that name the nearest known key. Relative paths in a file are taken
+from the folder of that file.
+"""
+
+from __future__ import annotations
+
+from orbcalc.config.base import dump_config, load_config, parse_config
+from orbcalc.config.labels import LabelConfig, ReferenceConfig
+from orbcalc.config.run import (
+    CertificateConfig,
+    DaskConfig,
+    MDConfig,
+    PoolConfig,
+    RunConfig,
+    SelectionConfig,
+    StopConfig,
+)
+from orbcalc.config.training import PRESETS as PRESETS
+from orbcalc.config.training import OptimizerConfig, PotentialConfig, TaskWeights, TrainConfig
+
+__all__ = [
+    "CertificateConfig", "DaskConfig", "LabelConfig", "MDConfig", "OptimizerConfig", "PoolConfig",
+    "PotentialConfig", "ReferenceConfig", "RunConfig", "SelectionConfig", "StopConfig",
+    "TaskWeights", "TrainConfig", "dump_config", "load_config", "parse_config",
+]  # fmt: skip

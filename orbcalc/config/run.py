@@ -1,0 +1,165 @@
+"""Configuration of `orbcalc run`: pool, MD, selection, certificate, ends of the loop, Dask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from orbcalc.config.base import Paths, StrictModel
+from orbcalc.config.labels import LabelConfig
+from orbcalc.config.training import OptimizerConfig, PotentialConfig, TaskWeights
+
+__all__ = [
+    "CertificateConfig", "DaskConfig", "MDConfig", "PoolConfig", "RunConfig", "SelectionConfig",
+    "StopConfig",
+]  # fmt: skip
+
+
+class MDConfig(StrictModel):
+    """Langevin MD that proposes structures for the pool."""
+
+    temperature_K: float = Field(default=500.0, gt=0)  # noqa: N815  (ASE's name)
+    timestep_fs: float = Field(default=0.5, gt=0)
+    friction_per_fs: float = Field(default=0.02, gt=0)
+    walkers: int = Field(default=4, ge=1, description="independent trajectories")
+    steps: int = Field(default=1000, ge=1, description="steps of each walker in each round")
+    every: int = Field(default=20, ge=1, description="steps between proposed structures")
+    bootstrap: Literal["GFN1-xTB"] = Field(
+        default="GFN1-xTB", description="drives the walkers before there is a committee"
+    )
+    max_uncertainty: float | None = Field(
+        default=0.05,
+        gt=0,
+        description="energy spread of the committee, eV/atom, at which a walker is stopped",
+    )
+    rounds: int = Field(
+        default=2, ge=1, description="rounds that enlarge the pool; afterwards it is fixed"
+    )
+
+
+class PoolConfig(StrictModel):
+    """Where candidate structures come from: a file, MD, or both."""
+
+    structures: Paths = Field(
+        default=(), description="structures that belong to the pool as they are"
+    )
+    start: Paths = Field(default=(), description="starting structures of the MD walkers")
+    md: MDConfig | None = None
+
+    @model_validator(mode="after")
+    def _some_source(self) -> PoolConfig:
+        if not self.structures and self.md is None:
+            raise ValueError("the pool is empty: give `structures`, or `start` with `md`")
+        if self.md is not None and not (self.start or self.structures):
+            raise ValueError("md needs starting structures: give `start` (or `structures`)")
+        return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        return (*self.structures, *(self.start if self.md is not None else ()))
+
+
+class SelectionConfig(StrictModel):
+    """How many structures are labelled in each round, and how they are chosen."""
+
+    method: Literal["uncertainty", "determinant", "diversity", "random"] = "uncertainty"
+    initial: int = Field(default=50, ge=2, description="random structures of the first round")
+    batch: int = Field(default=40, ge=1, description="hardest structures of each later round")
+    audit: int = Field(
+        default=40, ge=1, description="random structures labelled before they are trained on"
+    )
+    diversity: float = Field(
+        default=2.0, ge=1, description="choose a spread-out batch among this many times as many"
+    )
+    cost_aware: bool = Field(default=False, description="prefer uncertainty per second of label")
+    valid_fraction: float = Field(
+        default=0.1, gt=0, lt=0.5, description="share of the labelled structures held out"
+    )
+
+
+class CertificateConfig(StrictModel):
+    """What is certified of the whole pool, and how surely."""
+
+    method: Literal["hypergeometric", "kl_batch"] = "hypergeometric"
+    quantity: Literal["energy_per_atom", "energy", "forces"] = "energy_per_atom"
+    tolerance: float = Field(
+        default=0.005, gt=0, description="largest error of a hit: eV/atom, eV, or eV/Å of an atom"
+    )
+    accuracy: float = Field(
+        default=0.95, gt=0, lt=1, description="share of the pool that must be inside (gamma)"
+    )
+    delta: float = Field(
+        default=0.05, gt=0, lt=1, description="probability that the certificate may be false"
+    )
+    mean_error: float | None = Field(
+        default=None, gt=0, description="largest mean |error|, clipped at the tolerance; or unasked"
+    )
+
+    @model_validator(mode="after")
+    def _mean_error(self) -> CertificateConfig:
+        if self.mean_error is not None and self.mean_error > self.tolerance:
+            raise ValueError("mean_error exceeds the tolerance, at which errors are clipped")
+        if self.mean_error is not None and self.method != "hypergeometric":
+            raise ValueError(f"mean_error needs a random audit, which {self.method} has not")
+        return self
+
+
+class StopConfig(StrictModel):
+    """Ends of the loop other than a certificate; they are reported as such."""
+
+    max_rounds: int = Field(default=10, ge=1)
+    max_labels: int | None = Field(default=None, ge=1, description="reference labels in all")
+
+
+class DaskConfig(StrictModel):
+    """Where tasks run: an existing scheduler, or a LocalCluster of two kinds of workers."""
+
+    address: str | None = Field(default=None, description="address of a running scheduler")
+    label_workers: int | None = Field(default=None, ge=1, description="default: one per core")
+    model_workers: int | None = Field(
+        default=None, ge=1, description="default: one per GPU, else as many as members, cores"
+    )
+    retries: int = Field(
+        default=2, ge=0, description="of tasks that fail, unless the configuration is wrong"
+    )
+    worker_timeout_s: float = Field(
+        default=600.0, gt=0, description="how long a run waits while no worker could go on with it"
+    )
+
+
+class RunConfig(StrictModel):
+    """`orbcalc run`: the whole active-learning loop."""
+
+    output: Path = Field(default=Path("run"), description="the run folder")
+    seed: int = Field(default=0, ge=0)
+    committee: int = Field(default=2, ge=2, le=16)
+    device: str = "auto"
+    warm_start: bool = Field(
+        default=True, description="train on from the committee of the last round"
+    )
+    pool: PoolConfig
+    labels: LabelConfig = LabelConfig()
+    potential: PotentialConfig = PotentialConfig()
+    tasks: TaskWeights = TaskWeights()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    selection: SelectionConfig = SelectionConfig()
+    certificate: CertificateConfig = CertificateConfig()
+    stop: StopConfig = StopConfig()
+    dask: DaskConfig = DaskConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.tasks.charges > 0 and not self.labels.charges:
+            raise ValueError("tasks.charges has weight, but labels.charges is false")
+        if self.tasks.forces > 0 and not self.labels.forces:
+            raise ValueError("tasks.forces has weight, but labels.forces is false")
+        if self.tasks.stress > 0 and not self.labels.stress:
+            raise ValueError("tasks.stress has weight, but labels.stress is false")
+        if self.certificate.quantity == "forces" and not self.labels.forces:
+            raise ValueError("certificate.quantity is forces, but labels.forces is false")
+        if self.labels.reference.calculator == "file" and self.pool.md is not None:
+            raise ValueError("reference labels from a file cannot label structures made by md")
+        return self

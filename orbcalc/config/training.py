@@ -1,0 +1,193 @@
+"""Configuration of `orbcalc train`: the potential, its tasks, the optimiser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from orbcalc.config.base import Paths, StrictModel
+
+__all__ = ["PRESETS", "OptimizerConfig", "PotentialConfig", "TaskWeights", "TrainConfig"]
+
+
+# ------------------------------------------------------------------------------- model
+#: Sizes of potentials; docs/architecture.md has their speeds.
+PRESETS: dict[str, dict[str, int]] = {
+    "small": {"channels": 32, "message_l_max": 0, "message_channels": 16},
+    "medium": {"channels": 64, "message_l_max": 1, "message_channels": 16},
+    "large": {"channels": 128, "message_l_max": 1, "message_channels": 32},
+}
+_PRESET: Literal["medium"] = "medium"
+
+
+class PotentialConfig(StrictModel):
+    """Architecture of the potential; elements and statistics come from the training data."""
+
+    preset: Literal["small", "medium", "large"] = Field(
+        default=_PRESET,
+        description="channels, message_l_max and message_channels, where they are not given: "
+        + "; ".join(f"{name} {', '.join(map(str, p.values()))}" for name, p in PRESETS.items()),
+    )
+    cutoff: float = Field(default=5.0, gt=0.5, le=20, description="Å")
+    channels: int = Field(
+        default=PRESETS[_PRESET]["channels"],
+        ge=4,
+        le=1024,
+        description="feature channels per irrep component",
+    )
+    layers: int = Field(default=2, ge=1, le=4, description="rounds of message passing")
+    l_max: int = Field(
+        default=3, ge=0, le=4, description="highest spherical harmonic of the neighbour density"
+    )
+    message_l_max: int = Field(
+        default=PRESETS[_PRESET]["message_l_max"],
+        ge=0,
+        le=2,
+        description="highest degree of the features that neighbours pass on",
+    )
+    message_channels: int = Field(
+        default=PRESETS[_PRESET]["message_channels"],
+        ge=1,
+        le=1024,
+        description="channels of the features that neighbours pass on",
+    )
+    radial_functions: int = Field(default=8, ge=2, le=64)
+    radial_hidden: int = Field(default=32, ge=4, le=1024)
+    charge_head: Literal["equivariant", "invariant", "none"] = Field(
+        default="equivariant",
+        description="equivariant: on-site blocks; invariant: AO charges from scalars (a baseline)",
+    )
+    xtb_head: Literal["none", "task", "baseline"] = Field(
+        default="none",
+        description="learn the GFN1-xTB energy as well; task: beside the energy; baseline: the "
+        "energy is the learned GFN1-xTB energy plus a learned difference (no xTB at inference)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (sizes := PRESETS.get(data.get("preset", _PRESET))):
+            return {**sizes, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _degrees(self) -> PotentialConfig:
+        if self.message_l_max > self.l_max:
+            raise ValueError(f"message_l_max {self.message_l_max} exceeds l_max {self.l_max}")
+        if self.charge_head == "equivariant" and self.l_max < 1:
+            raise ValueError(
+                "charge_head: equivariant needs l_max >= 1 (p shells hold a 2e block); "
+                "raise l_max or choose charge_head: invariant or none"
+            )
+        return self
+
+
+# ------------------------------------------------------------------------------- train
+class TaskWeights(StrictModel):
+    """Weight of each task in the loss, on errors scaled to be of order one; 0 switches it off.
+
+    Only their ratios count. A task with weight that no structure has a label for is an error.
+    Labels of the cheap tasks (charges, xtb_energy, xtb_forces) may also cover structures that
+    have no reference label.
+    """
+
+    energy: float = Field(default=1.0, ge=0)
+    forces: float = Field(default=30.0, ge=0)
+    stress: float = Field(default=0.0, ge=0)
+    charges: float = Field(default=1.0, ge=0)
+    xtb_energy: float = Field(default=0.0, ge=0)
+    xtb_forces: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _some_task(self) -> TaskWeights:
+        if not self.active:
+            raise ValueError("all weights are 0: nothing would be learned")
+        return self
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Tasks that have weight."""
+        return tuple(task for task, weight in self if weight > 0)
+
+    @property
+    def reference(self) -> tuple[str, ...]:
+        """Those of them that are learned from reference labels."""
+        return tuple(task for task in self.active if task in ("energy", "forces", "stress"))
+
+
+class OptimizerConfig(StrictModel):
+    """Adam with a cosine schedule and an exponential moving average (EMA) of the weights."""
+
+    learning_rate: float = Field(default=1e-2, gt=0)
+    weight_decay: float = Field(
+        default=0.01,
+        ge=0,
+        description="of matrices; each step they lose learning_rate x weight_decay of their size",
+    )
+    batch_size: int = Field(
+        default=8, ge=1, description="structures with reference labels in each step"
+    )
+    cheap_batch_size: int = Field(
+        default=16,
+        ge=0,
+        description="structures with cheap labels only that join each step, if there are any",
+    )
+    max_edges: int = Field(
+        default=20_000,
+        ge=1,
+        description="(padded) edges that are evaluated at once: a larger step is taken in parts, "
+        "whose gradients are added",
+    )
+    steps: int = Field(default=10_000, ge=1, description="optimiser steps in all")
+    warmup_steps: int = Field(default=100, ge=0)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    gradient_clip: float = Field(default=10.0, gt=0)
+    evaluate_every: int = Field(default=500, ge=1, description="steps between validations")
+    patience: int = Field(
+        default=0, ge=0, description="validations without improvement before an early stop; 0: off"
+    )
+
+
+class TrainConfig(StrictModel):
+    """`orbcalc train`: one potential, or a committee of them, from labelled structures."""
+
+    train: Paths = Field(description="labelled structures: files that ASE reads, or label stores")
+    valid: Paths | float = Field(
+        default=0.1, description="the same, or the fraction of the training structures to hold out"
+    )
+    output: Path = Field(default=Path("model.orbcalc"), description="where the model is written")
+    seed: int = Field(default=0, ge=0)
+    committee: int = Field(default=1, ge=1, le=16, description="members, trained independently")
+    device: str = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+    potential: PotentialConfig = PotentialConfig()
+    tasks: TaskWeights = TaskWeights()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    start_from: Path | None = Field(
+        default=None,
+        description="a model whose weights to begin with, if it has the same architecture, "
+        "elements and number of members; its reference energies and scales are kept",
+    )
+    reference_energies: dict[str, float] | None = Field(
+        default=None,
+        description="energy of each isolated atom, eV, by symbol; default: least squares",
+    )
+
+    @model_validator(mode="after")
+    def _fraction(self) -> TrainConfig:
+        if isinstance(self.valid, float) and not 0 < self.valid < 1:
+            raise ValueError(f"valid: {self.valid} is not a fraction between 0 and 1")
+        if self.tasks.charges > 0 and self.potential.charge_head == "none":
+            raise ValueError("tasks.charges has weight, but potential.charge_head is none")
+        for task in ("xtb_energy", "xtb_forces"):
+            if task in self.tasks.active and self.potential.xtb_head == "none":
+                raise ValueError(f"tasks.{task} has weight, but potential.xtb_head is none")
+        return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that is read."""
+        valid = self.valid if isinstance(self.valid, tuple) else ()
+        return (*self.train, *valid, *((self.start_from,) if self.start_from else ()))
