@@ -6,7 +6,8 @@ A round::
     audit     a uniform sample of the unlabelled is labelled and compared with the predictions
               that this committee made before; the certificate follows from that, and ends the run
     batch     otherwise the hardest structures are labelled too
-    train     and a new committee is trained on everything labelled so far
+    train     and a new committee is trained on everything labelled so far, with the cheap
+              labels of the whole pool if they are asked for
 
 Every step (:mod:`orbcalc.active.round`) writes its result to the run folder and is skipped where
 that exists, so *resume* and *run* are the same code: a run that was killed anywhere goes on by
@@ -129,6 +130,7 @@ class ActiveLearning:
             if reason is not None:
                 return self._release(reason, [*self._earlier_looks(number), look], pool)
         this.label("batch", [pool[key] for key in selection["batch"]])
+        this.label_pool(pool)
         this.train(pool)
         this.finish(pool, look)
         return None

@@ -28,6 +28,7 @@ TrainTask = tuple[str, int, str, int]
 def write_training_set(
     files: RoundFiles,
     labelled: Sequence[Atoms],
+    cheap: Sequence[Atoms],
     config: RunConfig,
     *,
     seed: int,
@@ -40,7 +41,9 @@ def write_training_set(
     files
         Of the round that the committee belongs to.
     labelled
-        Structures with their labels.
+        Structures with reference labels.
+    cheap
+        Structures with cheap labels only.
     config
         Of the run.
     seed
@@ -55,7 +58,8 @@ def write_training_set(
     """
     held_out = _held_out(labelled, config.selection.valid_fraction)
     train_file, valid_file = files.folder / "train.extxyz", files.folder / "valid.extxyz"
-    write_structures(train_file, [a for a, out in zip(labelled, held_out, strict=True) if not out])
+    known = [atoms for atoms, out in zip(labelled, held_out, strict=True) if not out]
+    write_structures(train_file, [*known, *cheap])
     write_structures(valid_file, [a for a, out in zip(labelled, held_out, strict=True) if out])
     training = TrainConfig(
         train=(train_file.absolute(),),
@@ -97,7 +101,8 @@ def train_committee(
     Returns
     -------
     dict
-        Errors of the committee on the structures held out, ``n_train`` and ``n_valid``.
+        Errors of the committee on the structures held out, ``n_train``, ``n_cheap`` and
+        ``n_valid``.
 
     Raises
     ------
@@ -144,8 +149,7 @@ def finish_on_worker(config_path: str) -> dict[str, Any]:
     _, metadata = load_model(config.output)
     found: dict[str, Any] = {
         "errors": metadata["valid_errors"],
-        "n_train": metadata["training_set"]["n_train"],
-        "n_valid": metadata["training_set"]["n_valid"],
+        **{name: metadata["training_set"][name] for name in ("n_train", "n_cheap", "n_valid")},
     }
     return found
 

@@ -28,7 +28,8 @@ from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_wa
 from orbcalc.active.selection import draw_audit, power_law_costs
 from orbcalc.config import MDConfig, RunConfig
 from orbcalc.errors import OrbcalcError
-from orbcalc.labels.label import Label, LabelStatus
+from orbcalc.labels.compute import label_kinds
+from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.structures import structure_key
 
@@ -203,6 +204,16 @@ class Round:
             for atoms in structures
             if self.store.status(structure_key(atoms), "reference") is None
         ]
+        self._label(purpose, missing, label_kinds(self.config.labels))
+
+    def label_pool(self, pool: Mapping[str, Atoms]) -> None:
+        """Make the cheap labels of the whole pool, where they are asked for and missing."""
+        if not self.config.pool.charges:
+            return
+        missing = [a for key, a in pool.items() if self.store.status(key, "charges") is None]
+        self._label("pool", missing, ("charges",))
+
+    def _label(self, purpose: str, missing: Sequence[Atoms], kinds: tuple[Kind, ...]) -> None:
         if not missing:
             return
         seconds = {"charges": 0.0, "reference": 0.0}
@@ -213,7 +224,7 @@ class Round:
             self.notify({"event": "labelling", "purpose": purpose, "done": done, "of": total})
 
         statuses = label_into_store(
-            self.executor, missing, self.config.labels, self.store, progress=progress
+            self.executor, missing, self.config.labels, self.store, kinds=kinds, progress=progress
         )
         self._event(
             "labelled",
@@ -271,9 +282,11 @@ class Round:
             return
         if not self.files.train.exists():
             known = set(self.store.keys("reference", LabelStatus.ok))
+            cheap = set(self.store.keys("charges", LabelStatus.ok)) - known
             write_training_set(
                 self.files,
                 self.store.labelled_atoms([key for key in pool if key in known]),
+                self.store.labelled_atoms([key for key in pool if key in cheap]),
                 self.config,
                 seed=int(self._rng("training").integers(2**31)),
                 start_from=self.committee if self.config.warm_start else None,

@@ -99,8 +99,9 @@ def event_in_words(record: Mapping[str, Any]) -> str:
         statuses = ", ".join(f"{count} {status}" for status, count in record["statuses"].items())
         return f"{where}labelled {record['structures']} ({record['purpose']}): {statuses} labels"
     if event == "trained":
+        cheap = f" (and {record['n_cheap']} with cheap labels)" if record["n_cheap"] else ""
         return (
-            f"{where}trained on {record['n_train']}: {_errors_in_words(record['errors'])} "
+            f"{where}trained on {record['n_train']}{cheap}: {_errors_in_words(record['errors'])} "
             f"on {record['n_valid']} held out"
         )
     if event == "look":

@@ -17,10 +17,17 @@ from orbcalc.config.run import (
     SelectionConfig,
     StopConfig,
 )
-from orbcalc.config.training import PRESETS as PRESETS
-from orbcalc.config.training import OptimizerConfig, PotentialConfig, TaskWeights, TrainConfig
+from orbcalc.config.training import (
+    PRESETS,
+    REFERENCE_TASKS,
+    OptimizerConfig,
+    PotentialConfig,
+    TaskWeights,
+    TrainConfig,
+)
 
 __all__ = [
+    "PRESETS", "REFERENCE_TASKS",
     "CertificateConfig", "DaskConfig", "LabelConfig", "MDConfig", "OptimizerConfig", "PoolConfig",
     "PotentialConfig", "ReferenceConfig", "RunConfig", "SelectionConfig", "StopConfig",
     "TaskWeights", "TrainConfig", "dump_config", "load_config", "parse_config",

@@ -47,6 +47,11 @@ class PoolConfig(StrictModel):
     )
     start: Paths = Field(default=(), description="starting structures of the MD walkers")
     md: MDConfig | None = None
+    charges: bool = Field(
+        default=False,
+        description="compute the cheap labels (GFN1-xTB) of the whole pool, to learn from them; "
+        "otherwise those of structures with reference labels only",
+    )
 
     @model_validator(mode="after")
     def _some_source(self) -> PoolConfig:
@@ -152,12 +157,18 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.tasks.charges > 0 and not self.labels.charges:
-            raise ValueError("tasks.charges has weight, but labels.charges is false")
-        if self.tasks.forces > 0 and not self.labels.forces:
-            raise ValueError("tasks.forces has weight, but labels.forces is false")
-        if self.tasks.stress > 0 and not self.labels.stress:
-            raise ValueError("tasks.stress has weight, but labels.stress is false")
+        self.tasks.check_heads(self.potential)
+        for task, labels in (
+            ("charges", "charges"),
+            ("xtb_energy", "charges"),
+            ("xtb_forces", "charges"),
+            ("forces", "forces"),
+            ("stress", "stress"),
+        ):
+            if task in self.tasks.active and not getattr(self.labels, labels):
+                raise ValueError(f"tasks.{task} has weight, but labels.{labels} is false")
+        if self.pool.charges and not self.labels.charges:
+            raise ValueError("pool.charges is true, but labels.charges is false")
         if self.certificate.quantity == "forces" and not self.labels.forces:
             raise ValueError("certificate.quantity is forces, but labels.forces is false")
         if self.labels.reference.calculator == "file" and self.pool.md is not None:

@@ -85,6 +85,10 @@ class PotentialConfig(StrictModel):
 
 
 # ------------------------------------------------------------------------------- train
+#: Tasks whose labels are expensive.
+REFERENCE_TASKS = ("energy", "forces", "stress")
+
+
 class TaskWeights(StrictModel):
     """Weight of each task in the loss, on errors scaled to be of order one; 0 switches it off.
 
@@ -106,6 +110,16 @@ class TaskWeights(StrictModel):
             raise ValueError("all weights are 0: nothing would be learned")
         return self
 
+    def check_heads(self, potential: PotentialConfig) -> None:
+        """Raise ValueError if a task has weight, but the potential no head for it."""
+        for task, head in (
+            ("charges", "charge_head"),
+            ("xtb_energy", "xtb_head"),
+            ("xtb_forces", "xtb_head"),
+        ):
+            if task in self.active and getattr(potential, head) == "none":
+                raise ValueError(f"tasks.{task} has weight, but potential.{head} is none")
+
     @property
     def active(self) -> tuple[str, ...]:
         """Tasks that have weight."""
@@ -114,7 +128,7 @@ class TaskWeights(StrictModel):
     @property
     def reference(self) -> tuple[str, ...]:
         """Those of them that are learned from reference labels."""
-        return tuple(task for task in self.active if task in ("energy", "forces", "stress"))
+        return tuple(task for task in self.active if task in REFERENCE_TASKS)
 
 
 class OptimizerConfig(StrictModel):
@@ -179,11 +193,7 @@ class TrainConfig(StrictModel):
     def _fraction(self) -> TrainConfig:
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid: {self.valid} is not a fraction between 0 and 1")
-        if self.tasks.charges > 0 and self.potential.charge_head == "none":
-            raise ValueError("tasks.charges has weight, but potential.charge_head is none")
-        for task in ("xtb_energy", "xtb_forces"):
-            if task in self.tasks.active and self.potential.xtb_head == "none":
-                raise ValueError(f"tasks.{task} has weight, but potential.xtb_head is none")
+        self.tasks.check_heads(self.potential)
         return self
 
     @property

@@ -285,6 +285,7 @@ def _model_facts(folder: RunFolder, rounds: Sequence[RoundFacts]) -> dict[str, s
             "newest model": f"round {facts.number}: committee of {len(committee.members)}, "
             f"{parameters:,} parameters each, cutoff {committee.cutoff:g} Å",
             "trained on": f"{training.get('n_train', '?')} structures, "
+            f"{training.get('n_cheap', '?')} with cheap labels only, "
             f"{training.get('n_valid', '?')} held out; SHA-256 {training.get('sha256', '?')[:16]}",
         }
     return {}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from orbcalc.config import TrainConfig
+from orbcalc.config import REFERENCE_TASKS, TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, LabelConflictError
 from orbcalc.files import Fingerprints, changed_files, fingerprints, replace_file
 from orbcalc.labels.store import LabelStore, is_label_store
@@ -139,6 +139,7 @@ def finish_training(
     sets = sets or _read_sets(config)
     train_set, valid_set = _datasets(config, sets)
     committee = calibrate(Committee(members), train_set, valid_set)
+    n_train = len(train_set.labelled(REFERENCE_TASKS))
     save_model(
         config.output,
         committee,
@@ -147,7 +148,8 @@ def finish_training(
             "labels": _methods(sets.train + sets.valid),
             "training_set": {
                 "sha256": _content_hash(sets.train),
-                "n_train": len(sets.train),
+                "n_train": n_train,
+                "n_cheap": len(train_set) - n_train,
                 "n_valid": len(sets.valid),
             },
             "valid_errors": model_errors(committee, valid_set, active_properties(config.tasks)),

@@ -30,6 +30,7 @@ from orbcalc.errors import ConfigError, MissingLabelError
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model
+from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_FORCES
 from orbcalc.report import write_report
 from orbcalc.structures import read_structures, structure_key
 
@@ -470,3 +471,37 @@ def test_total_energies_have_a_tolerance_of_their_own(
         errors[quantity] = event["mean_error"]
         assert event["unit"] == ("eV" if quantity == "energy" else "eV/atom")
     assert errors["energy"] == pytest.approx(3 * errors["energy_per_atom"], rel=1e-3)
+
+
+def test_the_cheap_labels_of_the_whole_pool_are_learned_from(
+    client: Client, tmp_path: Path
+) -> None:
+    structures = waters(30)
+    for atoms in structures:
+        atoms.info[REF_ENERGY] = -100.0
+        atoms.arrays[REF_FORCES] = np.zeros((3, 3))
+    config = run_config(
+        write_pool(tmp_path / "pool.extxyz", structures),
+        tmp_path / "run",
+        labels={"reference": {"calculator": "file"}},
+        pool={"charges": True},
+        potential={"xtb_head": "baseline"},
+        tasks={"xtb_energy": 1, "xtb_forces": 1},
+    )
+    run(config, client=client)
+    first = tmp_path / "run" / "rounds" / "000"
+    trained, held_out = (read_structures([first / f"{n}.extxyz"]) for n in ("train", "valid"))
+    assert len(trained) + len(held_out) == 30
+    # Reference labels that the loop has not asked for must not reach the training.
+    assert sum(REF_ENERGY in atoms.info for atoms in (*trained, *held_out)) == 10
+    for atoms in trained:
+        assert (REF_FORCES in atoms.arrays) == (REF_ENERGY in atoms.info)
+        assert {XTB_BLOCKS, XTB_FORCES} <= atoms.arrays.keys()
+    _, metadata = load_model(first / "model.orbcalc")
+    assert metadata["training_set"]["n_cheap"] == 20
+    events = read_jsonl(tmp_path / "run" / "events.jsonl")
+    labelled = [event for event in events if event["event"] == "labelled"]
+    assert [(event["purpose"], event["structures"]) for event in labelled][:2] == [
+        ("batch", 10),
+        ("pool", 20),
+    ]

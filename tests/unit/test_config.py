@@ -100,6 +100,11 @@ def test_all_problems_are_listed():
             TRAIN | {"potential": {"charge_head": "none"}},
             "tasks.charges has weight, but potential.charge_head is none",
         ),
+        (
+            TrainConfig,
+            TRAIN | {"tasks": {"xtb_forces": 1}},
+            "tasks.xtb_forces has weight, but potential.xtb_head is none",
+        ),
         (TrainConfig, TRAIN | {"valid": 1.0}, "is not a fraction between 0 and 1"),
         (RunConfig, {"pool": {}}, "the pool is empty"),
         (RunConfig, {"pool": {"md": {}}}, "md needs starting structures"),
@@ -107,6 +112,18 @@ def test_all_problems_are_listed():
             RunConfig,
             RUN | {"labels": {"charges": False}},
             "tasks.charges has weight, but labels.charges is false",
+        ),
+        (
+            RunConfig,
+            RUN | {"potential": {"charge_head": "none"}},
+            "tasks.charges has weight, but potential.charge_head is none",
+        ),
+        (
+            RunConfig,
+            RUN
+            | {"pool": {"structures": "a.xyz", "charges": True}}
+            | {"labels": {"charges": False}, "tasks": {"charges": 0}},
+            "pool.charges is true, but labels.charges is false",
         ),
         (
             RunConfig,

@@ -1,0 +1,119 @@
+"""Uncertainties of a single potential and of a committee, on structures kept from training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import structures
+import torch
+from ase import Atoms
+from conftest import MakePotential
+
+from orbcalc.calculator import predict
+from orbcalc.graph import AtomGraph
+from orbcalc.model.checkpoint import load_model, save_model
+from orbcalc.model.committee import Committee
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
+from orbcalc.training.calibration import calibrate
+from orbcalc.training.dataset import LabelDataset
+
+
+def rattled(potential: Committee, count: int, size: float, error: float = 0.0) -> list[Atoms]:
+    """Return ethanols with the labels that a model predicts, off by a random error."""
+    rng = np.random.default_rng(7)
+    found = []
+    for number in range(count):
+        atoms = structures.ethanol()
+        atoms.rattle(size, seed=number)
+        found.append(atoms)
+    for atoms, result in zip(found, predict(potential, found), strict=True):
+        atoms.info[REF_ENERGY] = result["energy"] + error * rng.normal()
+        atoms.arrays[REF_FORCES] = result["forces"] + error * rng.normal(size=(len(atoms), 3))
+    return found
+
+
+@pytest.fixture(scope="module")
+def calibrated(make_potential: MakePotential) -> Committee:
+    """A single potential, calibrated on errors of 0.2 eV and 0.2 eV/Å."""
+    raw = Committee([make_potential("none")])
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 40, 0.05, error=0.2)
+    return calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
+
+
+def test_a_single_potential_knows_the_size_of_its_errors(calibrated: Committee) -> None:
+    valid = rattled(calibrated, 40, 0.05)
+    results = predict(calibrated, valid)
+    energy = np.array([result["energy_uncertainty"] for result in results])
+    forces = np.concatenate([result["forces_uncertainty"] for result in results])
+    assert np.sqrt((energy**2).mean()) == pytest.approx(0.2, rel=0.35)
+    assert np.sqrt((forces**2).mean()) == pytest.approx(0.2, rel=0.1)
+    assert (energy > 0).all()
+    assert (forces > 0).all()
+
+
+def test_it_is_less_sure_of_what_it_has_not_seen(calibrated: Committee) -> None:
+    usual, hot = rattled(calibrated, 10, 0.03), rattled(calibrated, 10, 0.3)
+    strange = [structures.water()]
+    means = [
+        np.mean([result["energy_uncertainty"] / len(a) for a, result in zip(s, found, strict=True)])
+        for s in (usual, hot, strange)
+        for found in (predict(calibrated, s),)
+    ]
+    assert means[1] > 1.5 * means[0]
+    assert means[2] > 1.5 * means[0]
+
+
+def test_uncertainties_are_invariant_and_the_same_in_a_batch(calibrated: Committee) -> None:
+    atoms, other = structures.ethanol(), structures.water()
+    turned = atoms.copy()
+    turned.rotate(40, (1, 2, 3))
+    turned.translate((5, 6, 7))
+    (alone,), (moved,) = predict(calibrated, [atoms]), predict(calibrated, [turned])
+    batched = predict(calibrated, [other, atoms])[1]
+    for name in ("energy_uncertainty", "forces_uncertainty"):
+        np.testing.assert_allclose(moved[name], alone[name], rtol=1e-8)
+        np.testing.assert_allclose(batched[name], alone[name], rtol=1e-8)
+
+
+def test_it_survives_a_model_file(calibrated: Committee, tmp_path: Path) -> None:
+    save_model(tmp_path / "a.orbcalc", calibrated)
+    loaded, _ = load_model(tmp_path / "a.orbcalc", dtype=torch.float64)
+    assert loaded.has_uncertainty
+    graph = AtomGraph.from_atoms(structures.ethanol(), 4.0)
+    old, new = calibrated(graph, ("forces",)), loaded(graph, ("forces",))
+    torch.testing.assert_close(new.energy_uncertainty, old.energy_uncertainty)
+    torch.testing.assert_close(new.forces_uncertainty, old.forces_uncertainty)
+
+
+def test_forces_are_not_touched(calibrated: Committee) -> None:
+    graph = AtomGraph.from_atoms(structures.ethanol(), 4.0)
+    plain = calibrated.first(graph, ("forces",))
+    torch.testing.assert_close(calibrated(graph, ("forces",)).forces, plain.forces)
+    assert plain.energy_rigidity is None
+
+
+@pytest.mark.parametrize("missing", ["train", "valid"])
+def test_without_energies_there_is_no_uncertainty(
+    make_potential: MakePotential, labelled: list[Atoms], missing: str
+) -> None:
+    bare = [atoms.copy() for atoms in labelled]
+    for atoms in bare:
+        del atoms.info[REF_ENERGY], atoms.arrays[REF_FORCES]
+        atoms.info.pop(REF_STRESS, None)
+    sets = {"train": labelled, "valid": labelled, missing: bare}
+    committee = Committee([make_potential("none")])
+    found = calibrate(committee, *(LabelDataset(sets[name], 4.0) for name in ("train", "valid")))
+    assert not found.has_uncertainty
+    assert "energy_uncertainty" not in predict(found, [structures.water()])[0]
+
+
+def test_fewer_structures_than_features(make_potential: MakePotential) -> None:
+    """One structure fixes one direction only; the others must stay finite."""
+    raw = Committee([make_potential("none")])
+    few, valid = rattled(raw, 1, 0.05), rattled(raw, 3, 0.1, error=0.1)
+    found = calibrate(raw, LabelDataset(few, 4.0), LabelDataset(valid, 4.0))
+    (result,) = predict(found, [structures.ammonium()])
+    assert np.isfinite(result["energy_uncertainty"])
+    assert np.isfinite(result["forces_uncertainty"]).all()
