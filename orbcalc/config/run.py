@@ -140,7 +140,12 @@ class RunConfig(StrictModel):
 
     output: Path = Field(default=Path("run"), description="the run folder")
     seed: int = Field(default=0, ge=0)
-    committee: int = Field(default=2, ge=2, le=16)
+    committee: int = Field(
+        default=2,
+        ge=1,
+        le=16,
+        description="members; their spread is the uncertainty, or the last layer of a single one",
+    )
     device: str = "auto"
     warm_start: bool = Field(
         default=True, description="train on from the committee of the last round"
