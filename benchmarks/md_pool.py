@@ -36,6 +36,7 @@ def main() -> None:
             TIMESTEP * units.fs,
             temperature_K=options.temperature,
             friction=1 / (FRICTION_TIME * units.fs),
+            fixcm=False,
             rng=rng,
         )
         dynamics.run(SETTLE)
