@@ -283,6 +283,8 @@ class Round:
         if not self.files.train.exists():
             known = set(self.store.keys("reference", LabelStatus.ok))
             cheap = set(self.store.keys("charges", LabelStatus.ok)) - known
+            if not self.config.pool.charges:  # those whose reference label has failed
+                cheap.clear()
             write_training_set(
                 self.files,
                 self.store.labelled_atoms([key for key in pool if key in known]),

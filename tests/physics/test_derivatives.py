@@ -96,7 +96,7 @@ def test_second_derivatives_agree_with_force_differences(small):
             forces = small(at(graph, moved), ("forces",)).forces
             numeric[row] -= weight * forces.detach().numpy().ravel() / step
     analytic = hessian.reshape(9, 9).numpy()
-    np.testing.assert_allclose(analytic, analytic.T, atol=1e-10)
+    np.testing.assert_allclose(analytic, analytic.T, atol=1e-13 * np.abs(analytic).max())
     np.testing.assert_allclose(
         analytic, numeric, atol=TOLERANCES["finite differences"] * np.abs(analytic).max()
     )

@@ -195,7 +195,9 @@ def test_betting_bound_falls_with_delta_and_with_each_loss_seen(pool, delta: flo
     bound = float(max_mean(losses[:size], n, delta))
     assert float(max_mean(losses[:size], n, delta / 2)) >= bound - 1e-8
     if size < n - 1:  # capital that was won once counts for ever
-        assert float(max_mean(losses[: size + 1], n, delta)) <= bound + 1e-8
+        # ... but never against what has been seen: a bound may be wrong, with probability delta
+        seen = losses[: size + 1].sum() / n
+        assert float(max_mean(losses[: size + 1], n, delta)) <= max(bound, seen) + 1e-8
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.2, 0.4])

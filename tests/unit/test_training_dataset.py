@@ -73,7 +73,7 @@ def test_blocks_without_shells_are_an_error() -> None:
 
 def test_a_nan_label_counts_as_absent() -> None:
     dataset = LabelDataset([with_energy(float("nan")), with_energy(-1.0)], 4.0)
-    assert dataset.census() == {"energy": 1, "forces": 0, "stress": 0, "charges": 0}
+    assert {task: count for task, count in dataset.census().items() if count} == {"energy": 1}
 
 
 def test_a_missing_task_is_told_with_a_census() -> None:
@@ -81,8 +81,8 @@ def test_a_missing_task_is_told_with_a_census() -> None:
     dataset.require(TaskWeights(forces=0, charges=0))
     with pytest.raises(
         MissingLabelError,
-        match=r"\(2 structures\) has labels for: energy 1, forces 0, stress 0, charges 0. "
-        r"task 'forces' needs REF_forces .*; task 'charges' needs GFN1_orbital_blocks",
+        match=r"\(2 structures\) has labels for: energy 1, forces 0, stress 0, charges 0, "
+        r"xtb_energy 0, xtb_forces 0. task 'forces' needs REF_forces .*; task 'charges' needs GFN1_orbital_blocks",
     ):
         dataset.require(TaskWeights())
 
