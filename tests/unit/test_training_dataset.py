@@ -82,7 +82,8 @@ def test_a_missing_task_is_told_with_a_census() -> None:
     with pytest.raises(
         MissingLabelError,
         match=r"\(2 structures\) has labels for: energy 1, forces 0, stress 0, charges 0, "
-        r"xtb_energy 0, xtb_forces 0. task 'forces' needs REF_forces .*; task 'charges' needs GFN1_orbital_blocks",
+        r"xtb_energy 0, xtb_forces 0. "
+        r"task 'forces' needs REF_forces .*; task 'charges' needs GFN1_orbital_blocks",
     ):
         dataset.require(TaskWeights())
 
