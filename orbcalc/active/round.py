@@ -282,9 +282,9 @@ class Round:
             return
         if not self.files.train.exists():
             known = set(self.store.keys("reference", LabelStatus.ok))
-            cheap = set(self.store.keys("charges", LabelStatus.ok)) - known
-            if not self.config.pool.charges:  # those whose reference label has failed
-                cheap.clear()
+            cheap = set[str]()
+            if self.config.pool.charges:
+                cheap = set(self.store.keys("charges", LabelStatus.ok)) - known
             write_training_set(
                 self.files,
                 self.store.labelled_atoms([key for key in pool if key in known]),

@@ -65,6 +65,8 @@ class Prediction:
     atom_rigidity: Float[Tensor, " n_atoms"] | None = None
     """How far the last layer of a structure, and of each atom, is from those of the training set;
     uncertainties up to a factor. See `training.calibration`."""
+    last_layer: Float[Tensor, "n_structures n_last"] | None = None
+    """What the energy head's part of the energy is a linear function of."""
     features: Float[Tensor, "n_structures channels"] | None = None
     """Mean over atoms of the last scalar update: where a structure lies in the latent space."""
 
@@ -176,8 +178,8 @@ class Potential(nn.Module):
         graph
             A batch; pairs beyond the cutoff may be present.
         properties
-            Any of energy (always given), forces, stress, charges, features, rigidity,
-            xtb_energy, xtb_forces. Charges cost nothing unless asked for.
+            Any of energy (always given), forces, stress, charges, features, last_layer,
+            rigidity, xtb_energy, xtb_forces. Charges cost nothing unless asked for.
         create_graph
             Keep forces and stress differentiable, for training on them.
 
@@ -209,7 +211,8 @@ class Potential(nn.Module):
             if "rigidity" in properties:
                 found |= self._rigidity(nodes, graph)
             atomic = self.energy_head(nodes).double() * self.energy_scale
-            if self.xtb_head is not None:
+            wants_xtb = self.config.xtb_head == "baseline" or "xtb_energy" in properties
+            if self.xtb_head is not None and (wants_xtb or xtb_forces):
                 xtb = self.xtb_head(nodes).double() * self.xtb_energy_scale
                 xtb_energy = graph.sum_over_atoms(xtb + self.xtb_reference_energies[elements])
                 if self.config.xtb_head == "baseline":
@@ -226,19 +229,14 @@ class Potential(nn.Module):
                     energy, vectors, graph, create_graph=create_graph
                 )
                 found |= {"forces": forces, "stress": stress}
+        if "last_layer" in properties:
+            found["last_layer"] = graph.sum_over_atoms(self.energy_head.last_layer(nodes))
         if "features" in properties:
             count = graph.n_atoms_of_structure[:, None]
             found["features"] = graph.sum_over_atoms(nodes.updates[-1]) / count
         if differentiated and not create_graph:
             return Prediction(energy.detach(), **{k: v.detach() for k, v in found.items()})
         return Prediction(energy, **found)
-
-    def last_layer(self, graph: AtomGraph) -> Float[Tensor, "n_structures n_last"]:
-        """Return what the energy of each structure beyond lone atoms is a linear function of."""
-        elements = self.element_index[graph.numbers]
-        with torch.no_grad():
-            nodes = self.backbone(graph.edge_vectors().to(self.dtype), elements, graph, 0)
-            return graph.sum_over_atoms(self.energy_head.last_layer(nodes))
 
     def check_elements(self, numbers: Iterable[int]) -> None:
         """Refuse atomic numbers that the potential does not cover.

@@ -103,9 +103,10 @@ def _last_layers(
     for graph, targets in on_device(dataset, batch_size, potential):
         labelled = torch.isfinite(targets.energy)
         with torch.no_grad():
-            error = potential(graph).energy - targets.energy
-        n_atoms = graph.n_atoms_of_structure.double()
-        last = potential.last_layer(graph).double()
+            prediction = potential(graph, ("energy", "last_layer"))
+        assert prediction.last_layer is not None
+        last, n_atoms = prediction.last_layer.double(), graph.n_atoms_of_structure.double()
+        error = prediction.energy - targets.energy
         rows.append((last[labelled], error[labelled], n_atoms[labelled]))
     last, errors, n_atoms = (torch.cat(column) for column in zip(*rows, strict=True))
     return last, errors, n_atoms

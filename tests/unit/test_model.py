@@ -218,7 +218,7 @@ def test_shapes_and_types(potential_of_dtype):
         "orbital_charges": (9, 10),
         "orbital_blocks": (9, 23),
     }
-    absent = {"xtb_energy", "xtb_forces", "energy_rigidity", "atom_rigidity"} | {
+    absent = {"xtb_energy", "xtb_forces", "energy_rigidity", "atom_rigidity", "last_layer"} | {
         "equivariant": set(),
         "invariant": {"orbital_blocks"},
         "none": {"charges", "orbital_charges", "orbital_blocks"},
