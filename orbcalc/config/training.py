@@ -132,7 +132,7 @@ class TaskWeights(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """Adam with a cosine schedule and an exponential moving average (EMA) of the weights."""
+    """Muon and Adam with a cosine schedule and a moving average (EMA) of the weights."""
 
     learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orbcalc.config import OptimizerConfig
 from orbcalc.model.archive import read_archive, write_archive
 from orbcalc.model.checkpoint import load_weights, potential_content, potential_from
 from orbcalc.model.potential import Potential
-from orbcalc.model.products import DegreeLinear
+from orbcalc.training.optimizer import Optimizer
 
 __all__ = ["TrainState"]
 
-_KIND, _VERSION = "training state", 1
+_KIND, _VERSION = "training state", 2
 
 
 @dataclass
 class TrainState:
-    """Weights, their moving average, the best average so far, and Adam's moments."""
+    """Weights, their moving average, the best average so far, and the optimiser's moments."""
 
     potential: Potential
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     averaged: Potential
     best: dict[str, Tensor]
     step: int = 0
@@ -40,7 +39,7 @@ class TrainState:
     def start(cls, potential: Potential, config: OptimizerConfig) -> TrainState:
         """Begin from the weights of a potential."""
         averaged = copy.deepcopy(potential).requires_grad_(False)
-        return cls(potential, _adam(potential, config), averaged, _copy(averaged))
+        return cls(potential, Optimizer(potential, config), averaged, _copy(averaged))
 
     def save(self, path: Path) -> None:
         """Write the state; the file appears whole or not at all."""
@@ -57,10 +56,9 @@ class TrainState:
             "weights": self.potential.state_dict(),
             "averaged": self.averaged.state_dict(),
             "best": self.best,
+            "optimizer": self.optimizer.tensors(),
         }
         tensors = {f"{group}.{k}": v for group, named in groups.items() for k, v in named.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
         write_archive(path, kind=_KIND, version=_VERSION, content=content, tensors=tensors)
 
     @classmethod
@@ -73,23 +71,20 @@ class TrainState:
             If the file is damaged.
         """
         content, tensors = read_archive(path, kind=_KIND, version=_VERSION)
-        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "averaged": {}, "best": {}}
-        moments: dict[int, dict[str, Tensor]] = {}
+        groups: dict[str, dict[str, Tensor]] = {
+            "weights": {}, "averaged": {}, "best": {}, "optimizer": {}
+        }  # fmt: skip
         for name, tensor in tensors.items():
             group, rest = name.split(".", 1)
-            if group == "adam":
-                index, moment = rest.split(".")
-                moments.setdefault(int(index), {})[moment] = tensor
-            else:
-                groups[group][rest] = tensor
+            groups[group][rest] = tensor
         dtype = getattr(torch, content["dtype"])
         potential = potential_from(content["potential"], dtype)
         load_weights(potential, groups["weights"])
         averaged = copy.deepcopy(potential).requires_grad_(False)
         load_weights(averaged, groups["averaged"])
         potential, averaged = potential.to(device), averaged.to(device)
-        optimizer = _adam(potential, config)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        optimizer = Optimizer(potential, config)
+        optimizer.load(groups["optimizer"])
         best_loss = content["best_loss"]
         return cls(
             potential,
@@ -124,37 +119,6 @@ class TrainState:
         """Return the best averaged potential."""
         self.averaged.load_state_dict(self.best)
         return self.averaged.eval()
-
-
-def _adam(potential: Potential, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return Adam with a step for each matrix that falls with the root of its inputs.
-
-    A step of Adam changes every weight alike, so the change of an output grows with the number
-    of inputs; this keeps one learning rate good for all widths (Yang 2022, 2203.03466). Matrices
-    decay (Loshchilov 2019, 1711.05101), all at the same rate; biases and embeddings do not.
-    """
-    fan_in = {}
-    for module in potential.modules():
-        if isinstance(module, nn.Linear):
-            fan_in[module.weight] = module.in_features
-        elif isinstance(module, DegreeLinear):
-            fan_in[module.weight] = module.fan_in
-    groups: dict[int, list[nn.Parameter]] = {}
-    for parameter in potential.parameters():
-        groups.setdefault(fan_in.get(parameter, 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": group,
-                "factor": 1 / math.sqrt(n),
-                "weight_decay": config.weight_decay * math.sqrt(n) if n > 1 else 0.0,
-            }
-            for n, group in sorted(groups.items())
-        ],
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-        foreach=True,
-    )
 
 
 def _copy(potential: Potential) -> dict[str, Tensor]:

@@ -127,9 +127,7 @@ class Trainer:
 
     def _step(self, state: TrainState, scales: LossScales) -> None:
         options = self.config.optimizer
-        for group in state.optimizer.param_groups:
-            group["lr"] = options.learning_rate * group["factor"] * self._schedule(state.step)
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
         parts = [self.train.batch(part) for part in self.parts(self.indices(state.step))]
         whole = Targets.batch([targets for _, targets in parts])
         counts = label_counts(whole, state.potential.config)
@@ -146,7 +144,7 @@ class Trainer:
                 )
             loss.backward()
         torch.nn.utils.clip_grad_norm_(state.potential.parameters(), options.gradient_clip)
-        state.optimizer.step()
+        state.optimizer.step(self._schedule(state.step))
         state.step += 1
         state.average(options.ema_decay)
 

@@ -193,9 +193,12 @@ def test_the_state_holds_everything(labelled_waters: list[Atoms], tmp_path: Path
     assert [record["step"] for record in state.history] == [10, 20]
     assert state.best_loss == min(record["valid_loss"] for record in state.history)
     assert equal(state.result(), result)
-    moments = state.optimizer.state_dict()["state"]
-    assert len(moments) == len(list(state.potential.parameters()))
-    assert {int(m["step"]) for m in moments.values()} <= {20}
+    moments = state.optimizer.tensors()
+    adam = [float(value) for name, value in moments.items() if name.endswith(".step")]
+    muon = [value for name, value in moments.items() if name.startswith("muon.")]
+    assert len(adam) + len(muon) == len(list(state.potential.parameters()))
+    assert set(adam) == {20}
+    assert any(bool((mean != 0).any()) for mean in muon)
 
 
 # ------------------------------------------------------------------------------- the end
