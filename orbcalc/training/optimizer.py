@@ -161,11 +161,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
     Five steps of a Newton-Schulz iteration, whose products cost less than a decomposition.
     """
-    if matrices.shape[-2] > matrices.shape[-1]:
-        return orthogonalized(matrices.mT).mT
     a, b, c = _QUINTIC
-    found = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    found: Tensor = matrices.mT if is_tall else matrices
+    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
     for _ in range(_ITERATIONS):
         gram = found @ found.mT
         found = a * found + torch.baddbmm(b * gram, gram, gram, alpha=c) @ found
-    return found
+    return found.mT if is_tall else found
