@@ -1,11 +1,9 @@
-"""The run folder: what is in which file, and how each is written whole or not at all."""
+"""The run folder: what is in which file."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -16,10 +14,10 @@ from ase import Atoms
 
 from orbcalc.config import RunConfig, dump_config, load_config
 from orbcalc.errors import ConfigError
-from orbcalc.files import changed_files, replace_file
+from orbcalc.files import append_json, changed_files, read_json, write_text
 from orbcalc.structures import read_structures, structure_key
 
-__all__ = ["RoundFiles", "RunFolder"]
+__all__ = ["RoundFiles", "RunFolder", "write_structures"]
 
 
 @dataclass(frozen=True)
@@ -122,56 +120,12 @@ class RunFolder:
         return record
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of the run."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; its folder is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text)
-
-
-def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line in a single write, so that several writers do not mix."""
-    line = (json.dumps(record) + "\n").encode()
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill cut the last line off: it must not spoil this one
-                line = b"\n" + line
-        file.write(line)
-
-
 def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
     """Write an extxyz file, whole or not at all."""
     buffer = StringIO()
     if structures:
         ase.io.write(buffer, list(structures), format="extxyz")
     write_text(path, buffer.getvalue())
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log; a last line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in _lines(path):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def _lines(path: Path) -> Iterable[str]:
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def _outcome_relevant(config: RunConfig) -> dict[str, Any]:

@@ -25,12 +25,12 @@ import orbcalc
 from orbcalc.active.certificate import Certificate, Look
 from orbcalc.active.design import reason_to_end
 from orbcalc.active.executor import Executor, open_executor
-from orbcalc.active.folder import RunFolder, read_json
+from orbcalc.active.folder import RunFolder
 from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.quantities import QUANTITIES
 from orbcalc.active.round import Notify, Round
 from orbcalc.config import RunConfig
-from orbcalc.files import replace_file
+from orbcalc.files import read_json, replace_file
 from orbcalc.labels.store import LabelStore
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import numpy as np
 from ase import Atoms
 
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import RoundFiles, append_json, write_structures, write_text
+from orbcalc.active.folder import RoundFiles, write_structures
 from orbcalc.config import RunConfig, TrainConfig, dump_config, load_config
 from orbcalc.errors import ConfigError, OrbcalcError
+from orbcalc.files import append_json, write_text
 from orbcalc.structures import hold_out, structure_key
 
 __all__ = ["predict_pool", "train_committee", "write_training_set"]

@@ -13,13 +13,7 @@ from ase import Atoms
 from orbcalc.active.certificate import Look, PoolCounts
 from orbcalc.active.design import Stream, choose, stream, take_look
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import (
-    RunFolder,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_structures,
-)
+from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.labelling import label_into_store
 from orbcalc.active.modelling import predict_pool, train_committee, write_training_set
@@ -28,6 +22,7 @@ from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_wa
 from orbcalc.active.selection import draw_audit, power_law_costs
 from orbcalc.config import MDConfig, RunConfig
 from orbcalc.errors import OrbcalcError
+from orbcalc.files import read_json, read_jsonl, write_json
 from orbcalc.labels.compute import label_kinds
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.store import LabelStore

@@ -20,8 +20,8 @@ __all__ = ["evaluate", "train"]
 
 def train(config_file: ConfigFile) -> None:
     """Train a potential or a committee; the same command again goes on after a kill."""
-    from orbcalc.active.folder import append_json
     from orbcalc.config import TrainConfig, load_config
+    from orbcalc.files import append_json
     from orbcalc.training.run import train as train_model
 
     config = load_config(config_file, TrainConfig)

@@ -14,10 +14,11 @@ from ase import Atoms
 from jaxtyping import Float
 
 from orbcalc.active.certificate import Certificate
-from orbcalc.active.folder import RoundFiles, RunFolder, read_json, read_jsonl
+from orbcalc.active.folder import RoundFiles, RunFolder
 from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, load_config
 from orbcalc.errors import ConfigError, OrbcalcError
+from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import STRUCTURE_KEY, LabelStore
 from orbcalc.model.checkpoint import load_model

@@ -20,13 +20,14 @@ from small_runs import run_config, waters, write_pool
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.design import stream
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import RunFolder, read_json, read_jsonl, write_structures
+from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.loop import run
 from orbcalc.active.modelling import _held_out
 from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
 from orbcalc.config import RunConfig, StopConfig
 from orbcalc.errors import ConfigError, MissingLabelError
+from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model

@@ -22,11 +22,12 @@ import structures
 
 import orbcalc
 from orbcalc.active.executor import Executor, TaskKind
-from orbcalc.active.folder import RunFolder, read_json, write_structures
+from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.loop import ActiveLearning
 from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, parse_config
 from orbcalc.errors import ConfigError
+from orbcalc.files import read_json
 from orbcalc.labels.label import Label, LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.report import write_report
