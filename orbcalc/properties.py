@@ -12,6 +12,8 @@ from dataclasses import dataclass
 __all__ = [
     "BLOCK_IRREPS",
     "CHARGE_KEY",
+    "ENERGY_UNCERTAINTY",
+    "FORCES_UNCERTAINTY",
     "PROPERTIES",
     "REF_ENERGY",
     "REF_FORCES",
@@ -40,6 +42,10 @@ XTB_ENERGY = "GFN1_energy"
 XTB_FORCES = "GFN1_forces"
 XTB_BLOCKS = "GFN1_orbital_blocks"
 XTB_SHELLS = "GFN1_shells"
+
+#: Results that ASE has no name for; see :mod:`orbcalc.results`.
+ENERGY_UNCERTAINTY = "energy_uncertainty"
+FORCES_UNCERTAINTY = "forces_uncertainty"
 
 #: Method, program, version and settings behind the labels of a structure, in words.
 REF_METHOD = "REF_method"
@@ -112,7 +118,7 @@ PROPERTIES: tuple[PropertySpec, ...] = (
         "charges",
     ),
     PropertySpec(
-        "energy_uncertainty", "()", "eV", "0e", "one standard deviation", None, "energy_uncertainty"
+        "energy_uncertainty", "()", "eV", "0e", "one standard deviation", ENERGY_UNCERTAINTY
     ),
     PropertySpec(
         "forces_uncertainty",
@@ -120,7 +126,6 @@ PROPERTIES: tuple[PropertySpec, ...] = (
         "eV/Å",
         "0e",
         "one standard deviation of the force vector's components",
-        None,
-        "forces_uncertainty",
+        FORCES_UNCERTAINTY,
     ),
 )

@@ -72,7 +72,8 @@ def hits(errors: npt.ArrayLike, tolerance: float) -> Bool[np.ndarray, " n"]:
     >>> hits([0.001, -0.02, float("nan")], 0.005).tolist()
     [True, False, False]
     """
-    return np.abs(checked_errors(errors, tolerance)) <= tolerance
+    found: Bool[np.ndarray, " n"] = np.abs(checked_errors(errors, tolerance)) <= tolerance
+    return found
 
 
 @dataclass(frozen=True)
