@@ -14,6 +14,10 @@ __all__ = [
     "CHARGE_KEY",
     "ENERGY_UNCERTAINTY",
     "FORCES_UNCERTAINTY",
+    "POOL_CERTIFIED",
+    "POOL_FAILURE",
+    "POOL_MODEL",
+    "POOL_SOURCE",
     "PROPERTIES",
     "REF_ENERGY",
     "REF_FORCES",
@@ -50,6 +54,12 @@ FORCES_UNCERTAINTY = "forces_uncertainty"
 #: Method, program, version and settings behind the labels of a structure, in words.
 REF_METHOD = "REF_method"
 XTB_METHOD = "GFN1_method"
+
+#: What the output of a run says of each structure; see :mod:`orbcalc.active.output`.
+POOL_SOURCE = "orbcalc_source"
+POOL_CERTIFIED = "orbcalc_certified"
+POOL_MODEL = "orbcalc_model"
+POOL_FAILURE = "orbcalc_failure"
 
 #: Irreps (e3nn order) of the orbital charge blocks of one atom. The four slots are the first
 #: s, second s, p and d shell; see :mod:`orbcalc.orbitals`.

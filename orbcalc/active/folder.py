@@ -17,7 +17,7 @@ from orbcalc.errors import ConfigError
 from orbcalc.files import append_json, changed_files, read_json, write_text
 from orbcalc.structures import read_structures, structure_key
 
-__all__ = ["RoundFiles", "RunFolder", "write_structures"]
+__all__ = ["RoundFiles", "RunFolder", "bare", "write_structures"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RoundFiles:
 
     @property
     def pool(self) -> Path:
-        """Structures that this round added to the pool."""
+        """Structures that came to the pool in this round; in the first one, as in its files."""
         return self.folder / "pool.extxyz"
 
     @property
@@ -68,6 +68,7 @@ class RunFolder:
         self.labels = self.path / "labels.db"
         self.model = self.path / "model.orbcalc"
         self.certificate = self.path / "certificate.json"
+        self.results = self.path / "pool.extxyz"
         self.events = self.path / "events.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
@@ -103,21 +104,35 @@ class RunFolder:
         """Return the files of a round."""
         return RoundFiles(self.path / "rounds" / f"{number:03d}")
 
+    def arrivals(self, n_rounds: int) -> list[Atoms]:
+        """Read what came to the pool in the first rounds, in order and with duplicates."""
+        paths = [self.round(number).pool for number in range(n_rounds)]
+        return read_structures(p for p in paths if p.exists() and p.stat().st_size > 0)
+
     def pool(self, n_rounds: int) -> dict[str, Atoms]:
-        """Read the pool as it is in the first rounds, by structure key, in order of arrival."""
+        """Read the pool as it is in the first rounds, by structure key, in order of arrival.
+
+        Each structure is there once, and bare.
+        """
         found: dict[str, Atoms] = {}
-        for number in range(n_rounds):
-            path = self.round(number).pool
-            if path.exists() and path.stat().st_size > 0:
-                for atoms in read_structures(path):
-                    found.setdefault(structure_key(atoms), atoms)
-        return found
+        for atoms in self.arrivals(n_rounds):
+            found.setdefault(structure_key(atoms), atoms)
+        return {key: bare(atoms) for key, atoms in found.items()}
 
     def event(self, name: str, **details: Any) -> dict[str, Any]:
         """Append a decision to ``events.jsonl``; returns it."""
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **details}
         append_json(self.events, record)
         return record
+
+
+def bare(atoms: Atoms) -> Atoms:
+    """Copy a structure: no calculator, no constraints, nothing of dynamics; labels are kept."""
+    copy: Atoms = atoms.copy()
+    copy.set_constraint()
+    for name in ("momenta", "initial_magmoms", "initial_charges"):
+        copy.arrays.pop(name, None)
+    return copy
 
 
 def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
