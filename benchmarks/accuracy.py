@@ -17,7 +17,7 @@ from typing import Any
 import ase.io
 import numpy as np
 from ase import Atoms
-from common import Worker, machine, read_json, start, write_json
+from common import Worker, machine, start
 from datasets import DataSet, load_set
 from models import Model, parse_model
 from recipes import Recipe, mace_arguments, orbcalc_config
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orbcalc.config import dump_config
+from orbcalc.files import read_json, write_json
 from orbcalc.properties import (
     REF_ENERGY,
     REF_FORCES,
@@ -59,7 +60,7 @@ def main() -> None:
     plan = _plan(options, model, data)
     progress = _train(options, model, plan)
     result = {**plan, **_summary(progress), **_test(options, model)}
-    write_json(options.out / "result.json", result)
+    write_json(options.out / "result.json", result, allow_nan=True)
     console.print(_table(result))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine, write_json
+from common import machine
 from coverage import RULES, Outcome, interval, run
 from pools import ACCURACY, N_POOL, SCENARIOS, Scenario
 from rich.console import Console
@@ -26,6 +26,7 @@ from rich.table import Table
 
 from orbcalc.active.certificate import PoolCounts, audit_look
 from orbcalc.active.selection import draw_audit
+from orbcalc.files import write_json
 
 console = Console(soft_wrap=True, highlight=False)
 

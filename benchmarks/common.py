@@ -1,4 +1,4 @@
-"""What the benchmarks share: workers, the machine's description, files, statistics."""
+"""What the benchmarks share: workers, the machine's description, statistics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,7 @@ __all__ = [
     "WorkerError",
     "machine",
     "quartiles",
-    "read_json",
     "start",
-    "write_json",
-    "write_text",
 ]
 
 _WORKERS = Path(__file__).parent / "workers"
@@ -172,21 +169,3 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Return the median and what lies a quarter from each end."""
     low, median, high = np.percentile(values, [25, 50, 75])
     return {"median": float(median), "low": float(low), "high": float(high)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file."""
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
-    write_text(path, json.dumps(data, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import read_json, write_text
 from matplotlib.axes import Axes
 from rich.console import Console
 
+from orbcalc.files import read_json, write_text
 from orbcalc.report.style import (
     BLUE,
     GREY,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine, write_json
+from common import machine
 from matplotlib.axes import Axes
 from pools import ACCURACY, MEAN_ERROR, N_POOL, SCENARIOS, Scenario, View
 from rich.console import Console
@@ -23,6 +23,7 @@ from scipy.stats import beta
 
 from orbcalc.active.design import InferenceSetDesign
 from orbcalc.config import CertificateConfig, StopConfig
+from orbcalc.files import write_json
 from orbcalc.report.style import (
     BLUE,
     GREEN,

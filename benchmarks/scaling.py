@@ -11,13 +11,14 @@ from typing import Any
 
 import ase.io
 import numpy as np
-from common import WorkerError, machine, quartiles, start, write_json
+from common import WorkerError, machine, quartiles, start
 from matplotlib.axes import Axes
 from models import Model, parse_model
 from rich.console import Console
 from rich.table import Table
 from structures import water
 
+from orbcalc.files import write_json
 from orbcalc.report.style import (
     BLUE,
     GREY,

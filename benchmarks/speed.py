@@ -14,12 +14,13 @@ from typing import Any
 import ase.io
 import numpy as np
 from ase import Atoms
-from common import Worker, WorkerError, machine, quartiles, start, write_json
+from common import Worker, WorkerError, machine, quartiles, start
 from models import Model, parse_model
 from rich.console import Console
 from rich.table import Table
 from structures import gas_phase, water
 
+from orbcalc.files import write_json
 from orbcalc.report.style import (
     MARKERS,
     new_figure,

@@ -23,12 +23,13 @@ from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
-from common import machine, write_json
+from common import machine
 from matplotlib.axes import Axes
 from rich.console import Console
 
 from orbcalc import OrbcalcCalculator
 from orbcalc.errors import OrbcalcError
+from orbcalc.files import write_json
 from orbcalc.report.style import (
     BLUE,
     GREY,
@@ -79,9 +80,9 @@ def main() -> None:
     hot = atoms.copy()
     hot.calc = atoms.calc
     stability["nve"] = _nve(atoms, options, rng)
-    write_json(options.out / "stability.json", stability)
+    write_json(options.out / "stability.json", stability, allow_nan=True)
     stability["langevin"] = _langevin(hot, bonds, options, rng)
-    write_json(options.out / "stability.json", stability)
+    write_json(options.out / "stability.json", stability, allow_nan=True)
     (options.out / "stability.png").write_bytes(_figure(stability))
     _report(stability)
 

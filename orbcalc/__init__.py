@@ -11,9 +11,19 @@ if TYPE_CHECKING:
     from orbcalc.active.labelling import label
     from orbcalc.active.loop import run
     from orbcalc.calculator import OrbcalcCalculator, predict
+    from orbcalc.results import results_of, with_results
     from orbcalc.training.run import train
 
-__all__ = ["OrbcalcCalculator", "__version__", "label", "predict", "run", "train"]
+__all__ = [
+    "OrbcalcCalculator",
+    "__version__",
+    "label",
+    "predict",
+    "results_of",
+    "run",
+    "train",
+    "with_results",
+]
 
 __version__ = "0.1.0"
 
@@ -21,8 +31,10 @@ _HOME = {
     "OrbcalcCalculator": "orbcalc.calculator",
     "label": "orbcalc.active.labelling",
     "predict": "orbcalc.calculator",
+    "results_of": "orbcalc.results",
     "run": "orbcalc.active.loop",
     "train": "orbcalc.training.run",
+    "with_results": "orbcalc.results",
 }
 
 

@@ -64,7 +64,8 @@ class OrbcalcCalculator(Calculator):
     zz yz xz xy), atomic charges (e), ``orbital_charges`` on demand (list of one array for each
     atom, tblite's AO order). ``energy_uncertainty`` (eV) and ``forces_uncertainty`` (n_atoms,
     eV/Å) are one calibrated standard deviation each: from the spread of a committee, or from the
-    last layer of a single potential. Total charge and multiplicity are read from ``atoms.info``.
+    last layer of a single potential; :func:`orbcalc.with_results` brings them into files. Total
+    charge and multiplicity are read from ``atoms.info``.
 
     Examples
     --------
@@ -136,7 +137,10 @@ class OrbcalcCalculator(Calculator):
         self.results = found if system_changes else {**self.results, **found}
 
     def export_properties(self) -> Properties:
-        """Return the results that ASE has a name for; ASE's files take no others."""
+        """Return the results that ASE has a name for; ASE's files take no others.
+
+        :func:`orbcalc.with_results` brings the uncertainties into files.
+        """
         return Properties({k: v for k, v in self.results.items() if k in all_outputs})
 
     @property

@@ -1,16 +1,28 @@
-"""Files: written whole or not at all, and recognised by their content."""
+"""Files: written whole or not at all, JSON among them, and recognised by their content."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Fingerprints", "changed_files", "file_sha256", "fingerprints", "replace_file"]
+__all__ = [
+    "Fingerprints",
+    "append_json",
+    "changed_files",
+    "file_sha256",
+    "fingerprints",
+    "read_json",
+    "read_jsonl",
+    "replace_file",
+    "write_json",
+    "write_text",
+]
 
 #: Stamp and hash of files, by path.
 Fingerprints = dict[str, dict[str, Any]]
@@ -50,6 +62,66 @@ def replace_file(path: str | Path, data: bytes | str) -> None:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; its folder is made if it is not there.
+
+    Raises
+    ------
+    OSError
+        As :func:`replace_file`, or if the folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text)
+
+
+# --------------------------------------------------------------------------------- JSON
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, data: Mapping[str, Any], *, allow_nan: bool = False) -> None:
+    """Write a JSON file as :func:`write_text` does.
+
+    Parameters
+    ----------
+    path, data
+        What to write, and where.
+    allow_nan
+        Write NaN and infinity, as Python reads them; strictly, they are no JSON.
+
+    Raises
+    ------
+    ValueError
+        If the data hold NaN or infinity, unless these are allowed.
+    """
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=allow_nan)
+    write_text(path, f"{text}\n")
+
+
+def append_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line in a single write, so that several writers do not mix."""
+    line = (json.dumps(record) + "\n").encode()
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill cut the last line off: it must not spoil this one
+                line = b"\n" + line
+        file.write(line)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a log; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+# ------------------------------------------------------------------------------ content
 def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file of any size, in hexadecimal."""
     digest = hashlib.sha256()

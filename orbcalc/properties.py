@@ -12,6 +12,12 @@ from dataclasses import dataclass
 __all__ = [
     "BLOCK_IRREPS",
     "CHARGE_KEY",
+    "ENERGY_UNCERTAINTY",
+    "FORCES_UNCERTAINTY",
+    "POOL_CERTIFIED",
+    "POOL_FAILURE",
+    "POOL_MODEL",
+    "POOL_SOURCE",
     "PROPERTIES",
     "REF_ENERGY",
     "REF_FORCES",
@@ -41,9 +47,19 @@ XTB_FORCES = "GFN1_forces"
 XTB_BLOCKS = "GFN1_orbital_blocks"
 XTB_SHELLS = "GFN1_shells"
 
+#: Results that ASE has no name for; see :mod:`orbcalc.results`.
+ENERGY_UNCERTAINTY = "energy_uncertainty"
+FORCES_UNCERTAINTY = "forces_uncertainty"
+
 #: Method, program, version and settings behind the labels of a structure, in words.
 REF_METHOD = "REF_method"
 XTB_METHOD = "GFN1_method"
+
+#: What the output of a run says of each structure; see :mod:`orbcalc.active.output`.
+POOL_SOURCE = "orbcalc_source"
+POOL_CERTIFIED = "orbcalc_certified"
+POOL_MODEL = "orbcalc_model"
+POOL_FAILURE = "orbcalc_failure"
 
 #: Irreps (e3nn order) of the orbital charge blocks of one atom. The four slots are the first
 #: s, second s, p and d shell; see :mod:`orbcalc.orbitals`.
@@ -112,7 +128,7 @@ PROPERTIES: tuple[PropertySpec, ...] = (
         "charges",
     ),
     PropertySpec(
-        "energy_uncertainty", "()", "eV", "0e", "one standard deviation", None, "energy_uncertainty"
+        "energy_uncertainty", "()", "eV", "0e", "one standard deviation", ENERGY_UNCERTAINTY
     ),
     PropertySpec(
         "forces_uncertainty",
@@ -120,7 +136,6 @@ PROPERTIES: tuple[PropertySpec, ...] = (
         "eV/Å",
         "0e",
         "one standard deviation of the force vector's components",
-        None,
-        "forces_uncertainty",
+        FORCES_UNCERTAINTY,
     ),
 )

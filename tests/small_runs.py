@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from sqlite3 import OperationalError, connect
@@ -24,6 +24,7 @@ from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
 from tblite.ase import TBLite
 
+from orbcalc.active.executor import Executor, TaskKind
 from orbcalc.config import RunConfig, TrainConfig, parse_config
 
 TESTS = Path(__file__).parent
@@ -222,7 +223,28 @@ def killed_at_the_end(*processes: subprocess.Popen[str]) -> Iterator[None]:
             process.communicate()
 
 
-# ------------------------------------------------------------------- tasks of executors
+# ---------------------------------------------------------------- executors and their tasks
+class HereExecutor(Executor):
+    """Runs every task at once in this process, for tests that need no cluster."""
+
+    def __init__(self) -> None:
+        pass
+
+    def map(
+        self,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        kind: TaskKind,
+        *,
+        on_wait: Callable[[], None] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
+        for item in items:
+            yield item, function(item)
+
+    def n_workers(self, kind: TaskKind) -> int:
+        return 1
+
+
 def square(number: int) -> int:
     """Square a number, or refuse a negative one."""
     if number < 0:

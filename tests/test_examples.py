@@ -23,6 +23,8 @@ def test_digits_are_certified_with_few_labels(tmp_path: Path) -> None:
     text = run("examples/inference_set_design/digits.py", "--seeds", 1, "--out", tmp_path / "d.png")
     assert text.count(", certified\n") == 2
     assert "Certified: with 95 % confidence" in text
+    assert "of the 1797 images of pool digits" in text
+    assert "not images met later" in text
     active, at_random = map(float, re.findall(r": ([\d.]+) % labelled", text))
     assert 0 < active < at_random < 100
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
-from files import write_json
 from labelling import add_labels
 from rich.console import Console
 from scipy.spatial import cKDTree
 from sets import Limits, load_set
 
 from orbcalc.config import TrainConfig, parse_config
-from orbcalc.files import replace_file
+from orbcalc.files import replace_file, write_json
 from orbcalc.model.potential import Potential
 from orbcalc.properties import XTB_BLOCKS
 from orbcalc.report.style import new_figure, png, set_legend, set_title, style_axes
@@ -71,7 +70,7 @@ def main() -> None:
                 metals, vectors = _embed(potential, structures)
                 embedded[name, which] = metals, vectors
                 result["purity"][f"{name}, {which}"] = _purities(metals, vectors, options.seed)
-    write_json(options.out / "latent.json", result)
+    write_json(options.out / "latent.json", result, allow_nan=True)
     replace_file(options.out / "latent.png", _figure(embedded))
     for name, purity in result["purity"].items():
         console.print(f"{name}: {purity}")

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 from arms import ARMS, FAMILIES
-from files import read_json
 from rich.console import Console
 
-from orbcalc.files import replace_file
+from orbcalc.files import read_json, replace_file
 from orbcalc.report.style import (
     BLUE,
     GREEN,

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from arms import ARMS
-from files import read_json, write_json
 from labelling import Labelling, add_labels
 from report import write_report
 from rich.console import Console
@@ -25,6 +24,7 @@ from sets import SETS, WITH_DFT_CHARGES, DataSet, Limits, load_set
 from training import Run, Settings, perform
 
 from orbcalc.errors import OrbcalcError
+from orbcalc.files import read_json, write_json
 from orbcalc.properties import XTB_ENERGY
 
 console = Console(soft_wrap=True, highlight=False)
@@ -209,7 +209,7 @@ def _choose_weights(out: Path, runs: Iterable[Run]) -> None:
         "weights": {**known["weights"], **chosen},
         "valid_meV": {**known["valid_meV"], **tried},
     }
-    write_json(out / "weights.json", content)
+    write_json(out / "weights.json", content, allow_nan=True)
     for arm, weight in chosen.items():
         console.print(f"arm {arm}: weight {weight:g}, of {tried[arm]} (validation MAE, meV)")
 

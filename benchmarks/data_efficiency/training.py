@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from arms import ARMS, Arm, shuffle_blocks, subtract_gfn1
 from ase import Atoms
-from files import read_json, write_json
 from labelling import Labelling
 from locks import try_lock
 from reading import ReadingPotential, states_of_reading_potentials
@@ -24,7 +23,7 @@ from sets import DataSet, barrier_pairs
 from torch import Tensor
 
 from orbcalc.config import PotentialConfig, TrainConfig, parse_config
-from orbcalc.files import replace_file
+from orbcalc.files import read_json, replace_file, write_json
 from orbcalc.model.potential import Potential
 from orbcalc.properties import REF_ENERGY
 from orbcalc.structures import structure_key
@@ -85,7 +84,8 @@ def perform(run: Run, out: Path, data: DataSet, labels: Labelling, settings: Set
     folder.mkdir(parents=True, exist_ok=True)
     with try_lock(folder / "lock") as mine:
         if mine and run.result(out) is None:
-            write_json(folder / "result.json", _train_and_test(run, folder, data, labels, settings))
+            result = _train_and_test(run, folder, data, labels, settings)
+            write_json(folder / "result.json", result, allow_nan=True)
             (folder / "state").unlink(missing_ok=True)
     return run.result(out) is not None
 

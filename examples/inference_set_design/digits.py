@@ -41,6 +41,7 @@ def main() -> None:
             certificate=RULES,
             seed=seed,
             name="digits",
+            objects="images",
         )
         for method in ("uncertainty", "random")
         for seed in range(options.seeds)

@@ -42,6 +42,7 @@ def run_design(
     certificate: CertificateConfig,
     seed: int,
     name: str,
+    objects: str,
 ) -> Run:
     """Let a design label a pool, and note the truth at each look."""
     design = InferenceSetDesign(
@@ -51,6 +52,7 @@ def run_design(
         seed=seed,
         quantity="number of the class",
         name=name,
+        objects=objects,
     )
     predictions, scores = truth * 0, truth * 0.0
     share, accuracy = [], []

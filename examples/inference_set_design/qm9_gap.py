@@ -73,6 +73,7 @@ def main() -> None:
             certificate=RULES,
             seed=options.seed,
             name="QM9 gaps",
+            objects="molecules",
         )
         for method in ("uncertainty", "random")
     ]

@@ -14,7 +14,15 @@ from scipy.stats import hypergeom
 from orbcalc.active.selection import as_count
 from orbcalc.errors import ConfigError
 
-__all__ = ["clipped_losses", "kl_lower_bound", "look_level", "max_mean", "max_misses"]
+__all__ = [
+    "check_tolerance",
+    "checked_errors",
+    "clipped_losses",
+    "kl_lower_bound",
+    "look_level",
+    "max_mean",
+    "max_misses",
+]
 
 #: Relative room for rounding in SciPy's hypergeometric CDF: against exact fractions it was off
 #: by 2e-10 at most (populations up to a million). It can only enlarge a bound.
@@ -101,32 +109,49 @@ def _max_misses(population: int, sample: int, misses: int, delta: float) -> int:
     return low
 
 
-def clipped_losses(errors: npt.ArrayLike, cap: float) -> Float[np.ndarray, " n"]:
-    """Turn errors into losses in [0, 1]: ``min(|error| / cap, 1)``, and 1 for NaN.
+def checked_errors(errors: npt.ArrayLike, tolerance: float) -> Float[np.ndarray, " n"]:
+    """Return errors as an array of one axis.
+
+    Raises
+    ------
+    ConfigError
+        If they are none, or the tolerance is not finite and positive.
+    """
+    array = np.asarray(errors, dtype=np.float64)
+    if array.ndim != 1:
+        raise ConfigError(f"errors have shape {array.shape}, expected (n,)")
+    check_tolerance(tolerance)
+    return array
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise a ConfigError unless a tolerance is finite and positive."""
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        raise ConfigError(f"tolerance is {tolerance}, expected a finite number above 0")
+
+
+def clipped_losses(errors: npt.ArrayLike, tolerance: float) -> Float[np.ndarray, " n"]:
+    """Turn errors into losses in [0, 1]: ``min(|error| / tolerance, 1)``, and 1 for NaN.
 
     Parameters
     ----------
     errors
         (n,) prediction minus reference; NaN where either is missing.
-    cap
+    tolerance
         Error from which on all errors count alike, in the unit of the errors.
 
     Raises
     ------
     ConfigError
-        If the errors are no one-axis array, or the cap is not finite and positive.
+        If the errors are no one-axis array, or the tolerance is not finite and positive.
 
     Examples
     --------
     >>> clipped_losses([0.002, -0.02, float("nan")], 0.01).tolist()
     [0.2, 1.0, 1.0]
     """
-    array = np.asarray(errors, dtype=np.float64)
-    if array.ndim != 1:
-        raise ConfigError(f"errors have shape {array.shape}, expected (n,)")
-    if not (math.isfinite(cap) and cap > 0):
-        raise ConfigError(f"cap is {cap}, expected a finite number above 0")
-    return np.where(np.isnan(array), 1.0, np.minimum(np.abs(array) / cap, 1.0))
+    array = checked_errors(errors, tolerance)
+    return np.where(np.isnan(array), 1.0, np.minimum(np.abs(array) / tolerance, 1.0))
 
 
 def max_mean(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orbcalc.active.bounds import (
+    check_tolerance,
     clipped_losses,
     kl_lower_bound,
     look_level,
@@ -22,7 +23,6 @@ from orbcalc.active.looks import (
     Look,
     PoolCounts,
     audit_look,
-    check_tolerance,
     hits,
     kl_batch_look,
     recompute,
@@ -79,6 +79,10 @@ class Certificate:
     """Of orbcalc."""
     mean_error: float | None = None
     """Largest mean of the error, clipped at the tolerance, if that was asked for as well."""
+    objects: str = "structures"
+    """What the pool is made of, for the statement."""
+    not_covered: str = "structures met later, as in MD run with the model"
+    """What the certificate says nothing about, for the statement."""
 
     def __post_init__(self) -> None:
         """Recompute every look and check that the parts agree."""
@@ -99,7 +103,7 @@ class Certificate:
                 )
         if self.looks and self.looks[-1].n_pool != self.n_pool:
             raise ConfigError(
-                f"the last look is at a pool of {self.looks[-1].n_pool} structures, but the "
+                f"the last look is at a pool of {self.looks[-1].n_pool} {self.objects}, but the "
                 f"certificate is for {self.n_pool}"
             )
         if self.certified != (self.reason == "certified"):
@@ -129,7 +133,7 @@ class Certificate:
         if not self.looks:
             return (
                 f"Not certified ({self.reason}): no look was taken at pool {self.pool_hash} of "
-                f"{self.n_pool} structures, so nothing is proved about it."
+                f"{self.n_pool} {self.objects}, so nothing is proved about it."
             )
         last = self.looks[-1]
         verdict = "Certified" if self.certified else f"Not certified ({self.reason})"
@@ -142,11 +146,11 @@ class Certificate:
         return (
             f"{verdict}: {assumptions}with {100 * (1 - self.delta):.10g} % confidence over the "
             f"random samples of all {len(self.looks)} look(s), at least {last.n_right} of the "
-            f"{self.n_pool} structures of pool {self.pool_hash} "
+            f"{self.n_pool} {self.objects} of pool {self.pool_hash} "
             f"({100 * self.gamma:.10g} % were asked for) have a reference label or are predicted "
             f"by model {self.model_hash} within {self.tolerance:g} of it ({self.quantity}), "
             f"{self._mean_error_clause()}failed labels counting as wrong; this covers that pool "
-            f"only, not structures met later, as in MD run with the model."
+            f"only, not {self.not_covered}."
         )
 
     def _mean_error_clause(self) -> str:

@@ -198,6 +198,8 @@ class InferenceSetDesign:
         What the tolerance applies to, with its unit, for the certificate.
     name
         Of the pool, for the certificate.
+    objects
+        What the pool is made of, in the plural, for the certificate.
 
     Raises
     ------
@@ -215,10 +217,11 @@ class InferenceSetDesign:
         seed: int = 0,
         quantity: str = "absolute error",
         name: str = "pool",
+        objects: str = "objects",
     ) -> None:
         PoolCounts(n_pool, 0, 0)  # checks the number
         self.n_pool, self.seed = n_pool, as_count(seed, "seed")
-        self.quantity, self.name = quantity, name
+        self.quantity, self.name, self.objects = quantity, name, objects
         self.selection = selection or SelectionConfig()
         self.rules = certificate or CertificateConfig()
         self.stop = stop or StopConfig()
@@ -271,6 +274,8 @@ class InferenceSetDesign:
             model_hash=self._model_hash,
             version=orbcalc.__version__,
             mean_error=self.rules.mean_error,
+            objects=self.objects,
+            not_covered=f"{self.objects} met later",
         )
 
     # ----------------------------------------------------------------------- ask and tell

@@ -1,11 +1,9 @@
-"""The run folder: what is in which file, and how each is written whole or not at all."""
+"""The run folder: what is in which file."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -16,10 +14,10 @@ from ase import Atoms
 
 from orbcalc.config import RunConfig, dump_config, load_config
 from orbcalc.errors import ConfigError
-from orbcalc.files import changed_files, replace_file
+from orbcalc.files import append_json, changed_files, read_json, write_text
 from orbcalc.structures import read_structures, structure_key
 
-__all__ = ["RoundFiles", "RunFolder"]
+__all__ = ["RoundFiles", "RunFolder", "bare", "write_structures"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class RoundFiles:
 
     @property
     def pool(self) -> Path:
-        """Structures that this round added to the pool."""
+        """Structures that came to the pool in this round; in the first one, as in its files."""
         return self.folder / "pool.extxyz"
 
     @property
@@ -70,6 +68,7 @@ class RunFolder:
         self.labels = self.path / "labels.db"
         self.model = self.path / "model.orbcalc"
         self.certificate = self.path / "certificate.json"
+        self.results = self.path / "pool.extxyz"
         self.events = self.path / "events.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
@@ -105,15 +104,20 @@ class RunFolder:
         """Return the files of a round."""
         return RoundFiles(self.path / "rounds" / f"{number:03d}")
 
+    def arrivals(self, n_rounds: int) -> list[Atoms]:
+        """Read what came to the pool in the first rounds, in order and with duplicates."""
+        paths = [self.round(number).pool for number in range(n_rounds)]
+        return read_structures(p for p in paths if p.exists() and p.stat().st_size > 0)
+
     def pool(self, n_rounds: int) -> dict[str, Atoms]:
-        """Read the pool as it is in the first rounds, by structure key, in order of arrival."""
+        """Read the pool as it is in the first rounds, by structure key, in order of arrival.
+
+        Each structure is there once, and bare.
+        """
         found: dict[str, Atoms] = {}
-        for number in range(n_rounds):
-            path = self.round(number).pool
-            if path.exists() and path.stat().st_size > 0:
-                for atoms in read_structures(path):
-                    found.setdefault(structure_key(atoms), atoms)
-        return found
+        for atoms in self.arrivals(n_rounds):
+            found.setdefault(structure_key(atoms), atoms)
+        return {key: bare(atoms) for key, atoms in found.items()}
 
     def event(self, name: str, **details: Any) -> dict[str, Any]:
         """Append a decision to ``events.jsonl``; returns it."""
@@ -122,31 +126,13 @@ class RunFolder:
         return record
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of the run."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; its folder is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text)
-
-
-def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line in a single write, so that several writers do not mix."""
-    line = (json.dumps(record) + "\n").encode()
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill cut the last line off: it must not spoil this one
-                line = b"\n" + line
-        file.write(line)
+def bare(atoms: Atoms) -> Atoms:
+    """Copy a structure: no calculator, no constraints, nothing of dynamics; labels are kept."""
+    copy: Atoms = atoms.copy()
+    copy.set_constraint()
+    for name in ("momenta", "initial_magmoms", "initial_charges"):
+        copy.arrays.pop(name, None)
+    return copy
 
 
 def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
@@ -155,23 +141,6 @@ def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
     if structures:
         ase.io.write(buffer, list(structures), format="extxyz")
     write_text(path, buffer.getvalue())
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log; a last line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in _lines(path):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def _lines(path: Path) -> Iterable[str]:
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def _outcome_relevant(config: RunConfig) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from ase import Atoms
 
-from orbcalc.active.folder import RunFolder, write_json
+from orbcalc.active.folder import RunFolder
 from orbcalc.config import RunConfig
-from orbcalc.files import fingerprints
+from orbcalc.files import fingerprints, write_json
 from orbcalc.labels.reference import check_file_labels
 from orbcalc.structures import read_structures
 

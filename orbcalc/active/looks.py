@@ -37,7 +37,13 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool
 
-from orbcalc.active.bounds import kl_lower_bound, look_level, max_mean, max_misses
+from orbcalc.active.bounds import (
+    checked_errors,
+    kl_lower_bound,
+    look_level,
+    max_mean,
+    max_misses,
+)
 from orbcalc.active.selection import as_count
 from orbcalc.errors import ConfigError
 
@@ -66,11 +72,8 @@ def hits(errors: npt.ArrayLike, tolerance: float) -> Bool[np.ndarray, " n"]:
     >>> hits([0.001, -0.02, float("nan")], 0.005).tolist()
     [True, False, False]
     """
-    array = np.asarray(errors, dtype=np.float64)
-    if array.ndim != 1:
-        raise ConfigError(f"errors have shape {array.shape}, expected (n,)")
-    check_tolerance(tolerance)
-    return np.abs(array) <= tolerance
+    found: Bool[np.ndarray, " n"] = np.abs(checked_errors(errors, tolerance)) <= tolerance
+    return found
 
 
 @dataclass(frozen=True)
@@ -366,9 +369,3 @@ def _booleans(values: npt.ArrayLike, name: str) -> Bool[np.ndarray, " n"]:
             f"{name} have shape {array.shape} and type {array.dtype}, expected (n,) booleans"
         )
     return array
-
-
-def check_tolerance(tolerance: float) -> None:
-    """Raise a ConfigError unless a tolerance is finite and positive."""
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ConfigError(f"tolerance is {tolerance}, expected a finite number above 0")

@@ -9,6 +9,9 @@ A round::
     train     and a new committee is trained on everything labelled so far, with the cheap
               labels of the whole pool if they are asked for
 
+At the end, every structure of the pool has a label or a prediction of the released model in one
+file (:mod:`orbcalc.active.output`).
+
 Every step (:mod:`orbcalc.active.round`) writes its result to the run folder and is skipped where
 that exists, so *resume* and *run* are the same code: a run that was killed anywhere goes on by
 being started again, computes no stored label twice, and makes the same decisions.
@@ -25,12 +28,13 @@ import orbcalc
 from orbcalc.active.certificate import Certificate, Look
 from orbcalc.active.design import reason_to_end
 from orbcalc.active.executor import Executor, open_executor
-from orbcalc.active.folder import RunFolder, read_json
+from orbcalc.active.folder import RunFolder
 from orbcalc.active.inputs import Inputs, read_inputs
+from orbcalc.active.output import write_output
 from orbcalc.active.quantities import QUANTITIES
 from orbcalc.active.round import Notify, Round
 from orbcalc.config import RunConfig
-from orbcalc.files import replace_file
+from orbcalc.files import read_json, replace_file
 from orbcalc.labels.store import LabelStore
 
 if TYPE_CHECKING:
@@ -70,15 +74,21 @@ def run(
     """
     folder = RunFolder(config.output)
     folder.prepare(config)
+    done = None
     if folder.certificate.exists():
         done = Certificate.from_json(folder.certificate.read_text(encoding="utf-8"))
-        if done.certified or not _limits_were_raised(done, config, folder):
+        if not done.certified and _limits_were_raised(done, config, folder):
+            # They speak of an end that is none any more; the certificate is what tells of an end.
+            folder.results.unlink(missing_ok=True)
+            folder.certificate.unlink()
+            done = None
+        elif folder.results.exists():
             return done
-        folder.certificate.unlink()  # it speaks of an end that is none any more
     # Before any worker is started: they may be dear to get.
     inputs = None if folder.round(0).pool.exists() else read_inputs(config, folder)
     with open_executor(config.dask, members=config.committee, client=client) as executor:
-        return ActiveLearning(config, folder, executor, notify, inputs=inputs).run()
+        learning = ActiveLearning(config, folder, executor, notify, inputs=inputs)
+        return learning.run() if done is None else learning.finish(done)
 
 
 class ActiveLearning:
@@ -107,8 +117,16 @@ class ActiveLearning:
         while (certificate := self.step(number)) is None:
             number += 1
         certificate.write(self.folder.certificate)
+        return self.finish(certificate)
+
+    def finish(self, certificate: Certificate) -> Certificate:
+        """Write the output of a run that ended with a certificate; see `output.write_output`."""
+        sources = write_output(self.executor, self.folder, self.store, certificate)
         record = self.folder.event(
-            "finished", reason=certificate.reason, statement=certificate.statement
+            "finished",
+            reason=certificate.reason,
+            statement=certificate.statement,
+            sources=sources,
         )
         logger.info("%s", record)
         self.notify(record)

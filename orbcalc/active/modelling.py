@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ase import Atoms
 
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import RoundFiles, append_json, write_structures, write_text
+from orbcalc.active.folder import RoundFiles, write_structures
 from orbcalc.config import RunConfig, TrainConfig, dump_config, load_config
-from orbcalc.errors import ConfigError, OrbcalcError
+from orbcalc.errors import ConfigError, OrbcalcError, StructureError
+from orbcalc.files import append_json, write_text
 from orbcalc.structures import hold_out, structure_key
 
-__all__ = ["predict_pool", "train_committee", "write_training_set"]
+__all__ = ["predict_pool", "predict_results", "train_committee", "write_training_set"]
 
 #: Structures that a worker predicts in one task.
 CHUNK = 256
 
+T = TypeVar("T")
 TrainTask = tuple[str, int, str, int]
 
 
@@ -179,28 +181,72 @@ def predict_pool(
     OrbcalcError
         If the model cannot predict at all.
     """
+    return _in_chunks(executor, partial(predict_chunk, model, forces), structures)
+
+
+def predict_results(
+    executor: Executor, model: Path, structures: Sequence[Atoms]
+) -> list[dict[str, Any] | str]:
+    """Predict what a calculator would hold: energy, forces, stress in a volume, uncertainties.
+
+    Returns
+    -------
+    list of dict or str
+        As :func:`orbcalc.predict`; for a structure that cannot be predicted, why.
+
+    Raises
+    ------
+    OrbcalcError
+        If the model cannot predict at all.
+    """
+    return _in_chunks(executor, partial(predict_results_chunk, model), structures)
+
+
+def _in_chunks(
+    executor: Executor, function: Callable[[list[Atoms]], list[T]], structures: Sequence[Atoms]
+) -> list[T]:
+    """Call a function with some structures at a time, on the model workers."""
     chunks = [
         (start, list(structures[start : start + CHUNK]))
         for start in range(0, len(structures), CHUNK)
     ]
-    predictions: list[dict[str, Any]] = [{} for _ in structures]
-    for (start, chunk), outcome in executor.map(
-        partial(predict_chunk, model, forces), chunks, "model"
-    ):
+    found: dict[int, list[T]] = {}
+    for (start, _), outcome in executor.map(partial(_on_chunk, function), chunks, "model"):
         if isinstance(outcome, Exception):
             raise OrbcalcError(f"prediction failed: {outcome!r}") from outcome
-        predictions[start : start + len(chunk)] = outcome
-    return predictions
+        found[start] = outcome
+    return [item for start in sorted(found) for item in found[start]]
 
 
-def predict_chunk(
-    model: Path, forces: bool, chunk: tuple[int, list[Atoms]]
-) -> list[dict[str, Any]]:
+def _on_chunk(function: Callable[[list[Atoms]], T], chunk: tuple[int, list[Atoms]]) -> T:
+    return function(chunk[1])
+
+
+def predict_results_chunk(model: Path, structures: list[Atoms]) -> list[dict[str, Any] | str]:
+    """Predict some structures on a model worker."""
+    from orbcalc.calculator import open_model, predict
+
+    committee, _ = open_model(model)
+
+    def or_why_not(atoms: Atoms, result: dict[str, Any]) -> dict[str, Any] | str:
+        if not result:
+            try:
+                (result,) = predict(committee, [atoms])
+            except StructureError as error:
+                return str(error)
+        bad = [name for name, value in result.items() if not np.isfinite(value).all()]
+        return f"not finite: {', '.join(bad)}" if bad else result
+
+    results = predict(committee, structures, on_error="skip")
+    return [or_why_not(*pair) for pair in zip(structures, results, strict=True)]
+
+
+def predict_chunk(model: Path, forces: bool, structures: list[Atoms]) -> list[dict[str, Any]]:
     """Predict some structures on a model worker."""
     from orbcalc.calculator import predict
 
     more = ("forces",) if forces else ()
-    results = predict(model, chunk[1], ("energy", "features", *more), on_error="skip")
+    results = predict(model, structures, ("energy", "features", *more), on_error="skip")
     return [
         {
             "energy": result["energy"],
@@ -210,5 +256,5 @@ def predict_chunk(
         }
         if result
         else {}
-        for atoms, result in zip(chunk[1], results, strict=True)
+        for atoms, result in zip(structures, results, strict=True)
     ]

@@ -13,21 +13,16 @@ from ase import Atoms
 from orbcalc.active.certificate import Look, PoolCounts
 from orbcalc.active.design import Stream, choose, stream, take_look
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import (
-    RunFolder,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_structures,
-)
+from orbcalc.active.folder import RunFolder, bare, write_structures
 from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.labelling import label_into_store
 from orbcalc.active.modelling import predict_pool, train_committee, write_training_set
 from orbcalc.active.quantities import QUANTITIES, prediction_error
 from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_walk
 from orbcalc.active.selection import draw_audit, power_law_costs
-from orbcalc.config import MDConfig, RunConfig
+from orbcalc.config import RunConfig
 from orbcalc.errors import OrbcalcError
+from orbcalc.files import read_json, read_jsonl, write_json
 from orbcalc.labels.compute import label_kinds
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.store import LabelStore
@@ -82,34 +77,34 @@ class Round:
     def grow_pool(self, inputs: Inputs | None = None) -> dict[str, Atoms]:
         """Add structures of files and walkers; returns the pool by structure key.
 
-        Only the first round needs ``inputs``; it reads them if they are not given.
+        Those of files are kept as they are, duplicates included. Only the first round needs
+        ``inputs``; it reads them if they are not given.
         """
         if not self.files.pool.exists():
             known = self.folder.pool(self.number)
-            candidates = self._candidates(inputs, list(known.values()))
-            fresh = {structure_key(atoms): atoms for atoms in candidates}
-            added = [_bare(atoms) for key, atoms in fresh.items() if key not in known]
-            write_structures(self.files.pool, added)
-            if added:
-                self._event("pool", added=len(added), pool=len(known) + len(added))
+            listed, starts = list[Atoms](), list(known.values())
+            if self.number == 0:
+                listed, starts = inputs or read_inputs(self.config, self.folder)
+            seen = {*known, *(structure_key(atoms) for atoms in listed)}
+            sampled = {structure_key(atoms): atoms for atoms in self._walk(starts)}
+            fresh = [atoms for key, atoms in sampled.items() if key not in seen]
+            n_pool = len(seen) + len(fresh)
+            if n_pool > len(known):
+                self._event("pool", added=n_pool - len(known), pool=n_pool)
+            write_structures(self.files.pool, [atoms.copy() for atoms in (*listed, *fresh)])
         return self.folder.pool(self.number + 1)
 
-    def _candidates(self, inputs: Inputs | None, known: list[Atoms]) -> list[Atoms]:
-        md, found, starts = self.config.pool.md, list[Atoms](), known
-        if self.number == 0:
-            found, starts = inputs or read_inputs(self.config, self.folder)
-        if md is not None and self.number < md.rounds:
-            return found + self._walk(md, starts)
-        return found
-
-    def _walk(self, md: MDConfig, starts: Sequence[Atoms]) -> list[Atoms]:
-        """Let the walkers run; in the first round with the bootstrap method."""
+    def _walk(self, starts: Sequence[Atoms]) -> list[Atoms]:
+        """Let the walkers run, if there are any; in the first round with the bootstrap method."""
+        md = self.config.pool.md
+        if md is None or self.number >= md.rounds:
+            return []
         rng = self._rng("md")
         if self.number > 0:  # spread out: start where earlier walkers have been
             starts = [starts[i] for i in rng.permutation(len(starts))[: md.walkers]]
         tasks = [
             WalkTask(
-                start=_bare(starts[walker % len(starts)]),
+                start=bare(starts[walker % len(starts)]),
                 config=md,
                 seed=int(rng.integers(2**32)),
                 model=self.committee,
@@ -347,13 +342,3 @@ def _features(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     if width is None:
         return None
     return np.array([p["features"] if p else np.full(width, np.nan) for p in predictions])
-
-
-def _bare(atoms: Atoms) -> Atoms:
-    """Copy a structure for the pool: no calculator, no constraints; labels of a file are kept."""
-    bare: Atoms = atoms.copy()
-    bare.set_constraint()
-    bare.calc = None
-    for name in ("momenta", "initial_magmoms", "initial_charges"):
-        bare.arrays.pop(name, None)
-    return bare

@@ -57,7 +57,8 @@ def schema(
 
 def _print_run(path: Path) -> None:
     from orbcalc.active.certificate import Certificate
-    from orbcalc.active.folder import RunFolder, read_jsonl
+    from orbcalc.active.folder import RunFolder
+    from orbcalc.files import read_jsonl
 
     folder = RunFolder(path)
     if not folder.config_file.exists():

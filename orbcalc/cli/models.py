@@ -20,8 +20,8 @@ __all__ = ["evaluate", "train"]
 
 def train(config_file: ConfigFile) -> None:
     """Train a potential or a committee; the same command again goes on after a kill."""
-    from orbcalc.active.folder import append_json
     from orbcalc.config import TrainConfig, load_config
+    from orbcalc.files import append_json
     from orbcalc.training.run import train as train_model
 
     config = load_config(config_file, TrainConfig)
@@ -41,10 +41,17 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Model file, .orbcalc.")],
     structures: Annotated[list[Path], typer.Argument(help="Labelled structures.")],
     device: str = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Structures with their predictions, extxyz."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare a model with the labels of structures."""
+    from orbcalc.active.folder import write_structures
+    from orbcalc.calculator import predict
     from orbcalc.model.checkpoint import load_model
+    from orbcalc.results import with_results
     from orbcalc.training.dataset import LabelDataset
     from orbcalc.training.run import load_labelled, model_errors
     from orbcalc.training.trainer import resolve_device
@@ -59,6 +66,9 @@ def evaluate(
     errors = model_errors(committee, dataset, names)
     if not errors:
         raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")
+    if out is not None:
+        results = predict(committee, labelled, names)
+        write_structures(out, [with_results(*pair) for pair in zip(labelled, results, strict=True)])
     if as_json:
         output.print_json(json.dumps({"structures": len(dataset), **errors}))
     else:

@@ -113,6 +113,12 @@ def event_in_words(record: Mapping[str, Any]) -> str:
         )
     if event == "round":
         return f"{where}done, {record['labelled']} of {record['pool']} labelled"
+    if event == "finished" and "sources" in record:
+        found = record["sources"]
+        return (
+            f"finished ({record['reason']}): in pool.extxyz, {found['reference']} structures have "
+            f"a reference label, {found['prediction']} a prediction, {found['failed']} neither"
+        )
     return f"{event}: " + ", ".join(
         f"{key} {value}" for key, value in record.items() if key not in ("event", "time")
     )

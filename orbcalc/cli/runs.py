@@ -22,6 +22,7 @@ def run(
 ) -> None:
     """Run the active-learning loop, or go on with it."""
     from orbcalc.active import loop
+    from orbcalc.active.folder import RunFolder
     from orbcalc.config import RunConfig, load_config
 
     config = load_config(config_file, RunConfig)
@@ -37,6 +38,7 @@ def run(
 
     page = write_report(config.output)
     output.print(certificate.statement)
-    output.print(f"model: {config.output / 'model.orbcalc'}\nreport: {page}")
+    folder = RunFolder(config.output)
+    output.print(f"model: {folder.model}\npool: {folder.results}\nreport: {page}")
     if not certificate.certified:
         raise typer.Exit(1)

@@ -74,6 +74,9 @@ class Committee(nn.Module):
                 raise ConfigError("members of a committee must share elements, cutoff and shells")
         self.members = nn.ModuleList(members)
         self.calibration = calibration or Calibration()
+        #: Whether it can tell how sure it is: several members, or one that was calibrated before
+        #: the committee was made.
+        self.has_uncertainty = len(members) > 1 or first.knows_rigidity
 
     @property
     def first(self) -> Potential:
@@ -81,11 +84,6 @@ class Committee(nn.Module):
         member = self.members[0]
         assert isinstance(member, Potential)
         return member
-
-    @property
-    def has_uncertainty(self) -> bool:
-        """Whether it can tell how sure it is: several members, or one that was calibrated."""
-        return len(self.members) > 1 or self.first.knows_rigidity
 
     @property
     def cutoff(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orbcalc.active.folder import write_text
+from orbcalc.files import write_text
 from orbcalc.report.page import draw_figures, render
 from orbcalc.report.reading import read_run
 

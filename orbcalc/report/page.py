@@ -292,9 +292,24 @@ def _proof(run: RunFacts) -> dict[str, str]:
             "Ended because": certificate.reason,
             "Pool": f"{certificate.n_pool:,} structures, hash {certificate.pool_hash}",
             "Model": f"SHA-256 {certificate.model_hash}…",
+            "Output": _output(run),
             "Seed, version": f"{certificate.seed}, orbcalc {certificate.version}",
         }
     return {name: text for name, text in rows.items() if text}
+
+
+def _output(run: RunFacts) -> str:
+    """Say what the file with the whole pool holds."""
+    ends = [event for event in run.events if "sources" in event]
+    if not ends or not run.folder.results.is_file():
+        return ""
+    n_label, n_predicted, n_failed = (
+        f"{ends[-1]['sources'][name]:,}" for name in ("reference", "prediction", "failed")
+    )
+    return (
+        f"{run.folder.results.name}: {n_label} structures with a reference label, {n_predicted} "
+        f"with a prediction of this model, {n_failed} with neither"
+    )
 
 
 def _mean_error(run: RunFacts) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from ase import Atoms
 from jaxtyping import Float
 
 from orbcalc.active.certificate import Certificate
-from orbcalc.active.folder import RoundFiles, RunFolder, read_json, read_jsonl
+from orbcalc.active.folder import RoundFiles, RunFolder
 from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, load_config
 from orbcalc.errors import ConfigError, OrbcalcError
+from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import STRUCTURE_KEY, LabelStore
 from orbcalc.model.checkpoint import load_model
@@ -86,7 +86,8 @@ def _rounds(folder: RunFolder, sources: _Sources) -> list[RoundFacts]:
     earlier: list[str] = []
     n_pool = 0
     while (files := folder.round(len(rounds))).pool.is_file():
-        n_pool += _count_frames(files.pool)
+        if (event := _last(sources.events, "pool", len(rounds))) is not None:
+            n_pool = event["pool"]
         facts = _round(files, len(rounds), n_pool, earlier, sources)
         rounds.append(facts)
         earlier += [*facts.audit, *facts.batch]
@@ -289,18 +290,6 @@ def _model_facts(folder: RunFolder, rounds: Sequence[RoundFacts]) -> dict[str, s
             f"{training.get('n_valid', '?')} held out; SHA-256 {training.get('sha256', '?')[:16]}",
         }
     return {}
-
-
-def _count_frames(path: Path) -> int:
-    """Count the structures of an extxyz file without building them."""
-    frames = 0
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                frames += 1
-                for _ in islice(file, int(line) + 1):  # the comment and the atoms
-                    pass
-    return frames
 
 
 def _last(events: Sequence[Mapping[str, Any]], name: str, number: int) -> Mapping[str, Any] | None:

@@ -21,7 +21,14 @@ from ase import Atoms
 
 from orbcalc.config import REFERENCE_TASKS, TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, LabelConflictError
-from orbcalc.files import Fingerprints, changed_files, fingerprints, replace_file
+from orbcalc.files import (
+    Fingerprints,
+    changed_files,
+    fingerprints,
+    read_json,
+    replace_file,
+    write_json,
+)
 from orbcalc.labels.store import LabelStore, is_label_store
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
@@ -117,7 +124,7 @@ def train_member(
     )
     inputs = finished.with_name(_INPUTS)
     if not inputs.exists():  # not before it is known that they can be trained on
-        replace_file(inputs, json.dumps(sets.files))
+        write_json(inputs, sets.files)
     potential = trainer.fit(lambda: _initial(config, member, seed, train_set))
     save_model(finished, Committee([potential]))
     state_path.unlink(missing_ok=True)
@@ -252,7 +259,7 @@ def _refuse_other_run(config: TrainConfig, folder: Path) -> None:
             f"{folder} holds an unfinished training of another configuration. "
             f"Restore that configuration to go on, or delete the folder."
         )
-    known = json.loads(inputs.read_bytes()) if inputs.exists() else {}
+    known = read_json(inputs) if inputs.exists() else {}
     changed = changed_files(config.files, known)
     if changed:
         raise CheckpointError(

@@ -22,6 +22,7 @@ from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.properties import REF_ENERGY, XTB_BLOCKS
+from orbcalc.results import results_of
 from orbcalc.structures import structure_key
 from orbcalc.training.run import train
 
@@ -256,6 +257,19 @@ def test_train_and_evaluate(cli: Cli, here: Path, labelled_file: Path) -> None:
     assert "30 structures" in table
     assert f"{1000 * errors['energy_mae']:.3f}" in table
     assert "stress" not in table
+
+
+def test_evaluate_writes_its_predictions(
+    cli: Cli, here: Path, model: Path, labelled_file: Path
+) -> None:
+    found = cli("evaluate", model, labelled_file, "--json", "-o", "out/predicted.extxyz")
+    assert found.code == 0, found.err
+    frames = ase.io.read("out/predicted.extxyz", ":")
+    errors = [abs(a.get_potential_energy() - a.info[REF_ENERGY]) / len(a) for a in frames]
+    mae = json.loads(found.out)["energy_mae"]
+    assert sum(errors) / len(errors) == pytest.approx(mae, rel=1e-3)
+    for atoms in frames:
+        assert results_of(atoms)["forces_uncertainty"].shape == (3,)
 
 
 def test_evaluate_refuses_an_element_it_does_not_know(cli: Cli, here: Path, model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import molecule
+from ase.constraints import FixAtoms
 from distributed import Client
 from killed_run import INITIAL, Story
 from small_runs import run_config, waters, write_pool
@@ -20,18 +22,31 @@ from small_runs import run_config, waters, write_pool
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.design import stream
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import RunFolder, read_json, read_jsonl, write_structures
+from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.loop import run
 from orbcalc.active.modelling import _held_out
 from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
+from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, StopConfig
-from orbcalc.errors import ConfigError, MissingLabelError
+from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
+from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model
-from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_FORCES
+from orbcalc.properties import (
+    POOL_CERTIFIED,
+    POOL_FAILURE,
+    POOL_MODEL,
+    POOL_SOURCE,
+    REF_ENERGY,
+    REF_FORCES,
+    REF_METHOD,
+    XTB_BLOCKS,
+    XTB_FORCES,
+)
 from orbcalc.report import write_report
+from orbcalc.results import results_of
 from orbcalc.structures import read_structures, structure_key
 
 FORGIVING = {"tolerance": 100.0, "accuracy": 0.5}
@@ -57,6 +72,11 @@ def stop_at(**wanted: Any) -> Any:
     return notify
 
 
+def killed(*_: object) -> None:
+    """Stand for a kill in the middle of something."""
+    raise StopHereError
+
+
 def raised(config: RunConfig, **stop: int | None) -> RunConfig:
     """Return a configuration with other limits."""
     return config.model_copy(update={"stop": StopConfig.model_validate(stop)})
@@ -67,7 +87,7 @@ def test_a_whole_run_leaves_a_complete_folder(story: Story) -> None:
     folder = RunFolder(story.undisturbed)
     for path in (folder.config_file, folder.labels, folder.model, folder.certificate):
         assert path.stat().st_size > 0
-    for path in (folder.events, folder.metrics, folder.report):
+    for path in (folder.events, folder.metrics, folder.report, folder.results):
         assert path.stat().st_size > 0
     assert not list(story.undisturbed.rglob("*.tmp"))
     assert not list(story.undisturbed.rglob("*.training"))
@@ -140,6 +160,12 @@ def test_a_certified_run_ends_and_stays_ended(
     assert certificate.reason == "certified"
     trained = [record for record in seen if record["event"] == "training"]
     assert len(trained) == len(read_jsonl(config.output / "metrics.jsonl")) == 2 * 2
+    sources = Counter(
+        (atoms.info[POOL_SOURCE], atoms.info.get(POOL_CERTIFIED), atoms.info.get(POOL_MODEL))
+        for atoms in read_structures(config.output / "pool.extxyz")
+    )
+    model = f"sha256:{certificate.model_hash}"
+    assert sources == {("reference", None, None): 14, ("prediction", True, model): 16}
     before = {p: p.stat().st_mtime_ns for p in config.output.rglob("*")}
     monkeypatch.setattr("orbcalc.active.loop.open_executor", pytest.fail)
     assert run(raised(config, max_rounds=9)) == certificate
@@ -155,6 +181,9 @@ def test_raised_rounds_go_on_with_the_looks_so_far(
     assert run(config, client=client) == first
     second = run(raised(config, max_rounds=2), client=client)
     assert (second.reason, len(second.looks)) == ("max_rounds", 2)
+    output = read_structures(config.output / "pool.extxyz")
+    assert sum(atoms.info[POOL_SOURCE] == "reference" for atoms in output) == 10 + 4 + 6 + 4
+    assert {atoms.info.get(POOL_CERTIFIED) for atoms in output} == {None, False}
     assert second.looks[0] == first.looks[0]
     assert len(LabelStore(config.output / "labels.db")) == 10 + 4 + 6 + 4
 
@@ -234,6 +263,121 @@ def test_the_rule_of_the_paper_is_a_choice(client: Client, pool: Path, tmp_path:
     assert "two assumptions that were not checked" in certificate.statement
     selection = read_json(config.output / "rounds" / "001" / "selection.json")
     assert selection["audit"] == []
+
+
+# ------------------------------------------------------------------------------ output
+def awkward_pool(seed: int, initial: int, audit: int) -> tuple[list[Atoms], int, int]:
+    """Return a pool with two duplicates, and the places of two structures that will fail.
+
+    The label of the first fails in the first round. The element of the second is never labelled.
+    """
+    structures = waters(20)
+    drawn = draw_audit(20, initial, stream(seed, 0, "batch"))
+    rest = np.setdiff1d(np.arange(20), drawn)
+    audited = rest[draw_audit(len(rest), audit, stream(seed, 1, "audit"))]
+    failing, unknown = int(drawn[0]), int(np.setdiff1d(rest, audited)[0])
+    structures[failing].positions[:, 2] += 200
+    structures[unknown] = molecule("NH3")
+    structures += [structures[int(drawn[1])].copy(), structures[failing].copy()]
+    for number, atoms in enumerate(structures):
+        atoms.info |= {"name": f"number {number}", REF_ENERGY: 17.0, POOL_SOURCE: "reference"}
+        atoms.arrays[REF_FORCES] = np.zeros((len(atoms), 3))
+        atoms.set_array("site", np.arange(len(atoms)))
+        atoms.set_momenta(np.full((len(atoms), 3), 0.5))
+    structures[0].set_constraint(FixAtoms([1]))
+    return structures, failing, unknown
+
+
+def test_every_structure_of_the_pool_is_in_the_output(client: Client, tmp_path: Path) -> None:
+    structures, failing, unknown = awkward_pool(seed=1, initial=10, audit=4)
+    path = write_pool(tmp_path / "pool.extxyz", structures)
+    pool = ase.io.read(path, ":")
+    config = run_config(
+        path,
+        tmp_path / "run",
+        labels={"reference": {"calculator": "small_runs:FussyCalculator"}},
+    )
+    certificate = run(config, client=client)
+    assert certificate.n_pool == 20
+    output = ase.io.read(config.output / "pool.extxyz", ":")
+    assert [atoms.info["name"] for atoms in output] == [atoms.info["name"] for atoms in pool]
+    (finished,) = (e for e in read_jsonl(config.output / "events.jsonl") if "sources" in e)
+    assert finished["sources"] == {"reference": 14, "prediction": 5, "failed": 3}
+    assert finished["sources"] == Counter(atoms.info[POOL_SOURCE] for atoms in output)
+    store = LabelStore(config.output / "labels.db")
+    model = RunFolder(config.output).model
+    for before, atoms in zip(pool, output, strict=True):
+        np.testing.assert_allclose(atoms.positions, before.positions, atol=1e-7)
+        np.testing.assert_array_equal(atoms.arrays["site"], before.arrays["site"])
+        np.testing.assert_allclose(atoms.get_momenta(), before.get_momenta())
+        label = store.get(structure_key(before), "reference")
+        if atoms.info[POOL_SOURCE] == "reference":
+            assert label is not None
+            assert atoms.info[REF_ENERGY] == pytest.approx(label.values["energy"], rel=1e-12)
+            np.testing.assert_allclose(atoms.arrays[REF_FORCES], label.values["forces"], atol=1e-7)
+            assert atoms.info[REF_METHOD].startswith("FussyCalculator")
+            expected = {"energy": label.values["energy"], "forces": label.values["forces"]}
+        else:  # labels that came with the file are of another method
+            assert not {REF_ENERGY, REF_METHOD} & atoms.info.keys()
+            assert REF_FORCES not in atoms.arrays
+            expected = {}
+        if atoms.info[POOL_SOURCE] == "prediction":
+            assert label is None
+            assert atoms.info[POOL_CERTIFIED] is False
+            assert atoms.info[POOL_MODEL] == f"sha256:{certificate.model_hash}"
+            (expected,) = predict(model, [before])
+        found = results_of(atoms)
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4)
+    assert output[0].constraints[0].index.tolist() == [1]
+    for place in (failing, 21):
+        reason = output[place].info[POOL_FAILURE]
+        assert reason.startswith("its label is failed: ")
+        assert "no convergence [in 3 cycles] /tmp/log" in reason
+    assert output[unknown].info[POOL_FAILURE].startswith("it cannot be predicted: atom 0 is N")
+    page = write_report(config.output).read_text()
+    assert "pool.extxyz: 14 structures with a reference label, 5 with a prediction of" in page
+
+
+def test_the_output_is_the_same_after_a_kill_at_the_end(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(pool, tmp_path / "run")
+    output, certificate = config.output / "pool.extxyz", config.output / "certificate.json"
+    with monkeypatch.context() as patch:
+        patch.setattr("orbcalc.active.output.write_structures", killed)
+        with pytest.raises(StopHereError):
+            run(config, client=client)
+    assert not output.exists()
+    before = certificate.read_bytes()
+    first = run(config, client=client)
+    text = output.read_text()
+    output.unlink()
+    assert run(config, client=client) == first
+    assert output.read_text() == text
+    assert certificate.read_bytes() == before
+    assert len(read_jsonl(config.output / "events.jsonl")) == 8 + 2
+    output.unlink()
+    RunFolder(config.output).model.write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"model\.orbcalc is not the model of .*Restore it"):
+        run(config, client=client)
+
+
+def test_what_md_found_follows_the_structures_of_the_file(story: Story) -> None:
+    outputs = [read_structures(f / "pool.extxyz") for f in (story.killed, story.undisturbed)]
+    for output, folder in zip(outputs, (story.killed, story.undisturbed), strict=True):
+        pool = RunFolder(folder).pool(3)
+        assert [structure_key(atoms) for atoms in output] == list(pool)
+        listed = read_structures(story.config.with_name("pool.xyz"))
+        assert list(pool)[:30] == [structure_key(atoms) for atoms in listed]
+        assert len(output) > 30
+        assert {atoms.info[POOL_SOURCE] for atoms in output} == {"reference", "prediction"}
+    for one, other in zip(*outputs, strict=True):
+        assert one.info.pop(POOL_MODEL, "") or one.info[POOL_SOURCE] == "reference"
+        other.info.pop(POOL_MODEL, None)
+        assert one.info == other.info
+        assert results_of(one)["energy"] == pytest.approx(results_of(other)["energy"], abs=1e-5)
 
 
 # ---------------------------------------------------------------------------- refusals

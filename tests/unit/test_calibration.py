@@ -117,3 +117,11 @@ def test_fewer_structures_than_features(make_potential: MakePotential) -> None:
     (result,) = predict(found, [structures.ammonium()])
     assert np.isfinite(result["energy_uncertainty"])
     assert np.isfinite(result["forces_uncertainty"]).all()
+
+
+def test_whether_there_is_one_is_decided_once(
+    calibrated: Committee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(calibrated.first), "knows_rigidity", property(pytest.fail))
+    assert calibrated.has_uncertainty
+    assert "energy_uncertainty" in predict(calibrated, [structures.water()])[0]

@@ -329,6 +329,20 @@ def test_statement_says_what_is_proved_and_of_what() -> None:
     assert "nothing is proved" in nothing.statement
 
 
+def test_a_statement_speaks_of_what_the_pool_is_made_of() -> None:
+    digits = replace(make_certificate(), objects="images", not_covered="images met later")
+    assert "of the 1000 images of pool" in digits.statement
+    assert digits.statement.endswith("not images met later.")
+    assert Certificate.from_json(digits.to_json()) == digits
+
+
+def test_a_certificate_without_a_word_for_its_objects_is_one_of_structures() -> None:
+    certificate = make_certificate()
+    data = json.loads(certificate.to_json())
+    del data["objects"], data["not_covered"]
+    assert Certificate.from_json(json.dumps(data)) == certificate
+
+
 def test_write_replaces_the_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "certificate.json"
     make_certificate(reason="max_rounds").write(path)

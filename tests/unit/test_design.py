@@ -49,8 +49,11 @@ def test_a_good_model_is_certified_at_the_first_look() -> None:
     asked = finish(design, np.zeros(200), np.zeros(200))
     assert [len(a) for a in asked] == [10, 12]
     assert design.certificate.certified
-    assert "of the 200 structures of pool squares" in design.certificate.statement
-    assert "(area)" in design.certificate.statement
+    statement = design.certificate.statement
+    assert "of the 200 objects of pool squares" in statement
+    assert statement.endswith("this covers that pool only, not objects met later.")
+    assert "structure" not in statement
+    assert "(area)" in statement
     assert sorted(design.labelled) == sorted(np.concatenate(asked))
 
 

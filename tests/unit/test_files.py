@@ -18,8 +18,17 @@ import pytest
 
 from orbcalc import files
 from orbcalc.active.certificate import Certificate
-from orbcalc.active.folder import write_json
-from orbcalc.files import changed_files, file_sha256, fingerprints, replace_file
+from orbcalc.files import (
+    append_json,
+    changed_files,
+    file_sha256,
+    fingerprints,
+    read_json,
+    read_jsonl,
+    replace_file,
+    write_json,
+    write_text,
+)
 
 FULL_DISK = """
 import resource, signal, sys
@@ -229,3 +238,28 @@ def test_a_choice_of_structures_stands_for_its_file(paths: list[Path]) -> None:
     assert changed_files([choice], known) == []
     paths[0].write_text("other")
     assert changed_files([choice], known) == [choice]
+
+
+# --------------------------------------------------------------------------------- JSON
+def test_files_appear_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": 1}
+    write_json(path, {"a": float("nan")}, allow_nan=True)
+    assert str(read_json(path)["a"]) == "nan"
+    write_text(path, "other")
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_log_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    assert read_jsonl(path) == []
+    append_json(path, {"n": 1})
+    with path.open("a") as file:
+        file.write('{"n": 2, "na')
+    assert read_jsonl(path) == [{"n": 1}]
+    append_json(path, {"n": 3})
+    append_json(path, {"n": 4})
+    assert [record["n"] for record in read_jsonl(path)] == [1, 3, 4]

@@ -9,15 +9,7 @@ import pytest
 from small_runs import write_pool
 from structures import ethanol, water
 
-from orbcalc.active.folder import (
-    RunFolder,
-    append_json,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_structures,
-    write_text,
-)
+from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.inputs import read_inputs
 from orbcalc.config import (
     DaskConfig,
@@ -120,28 +112,6 @@ def test_the_pool_grows_in_order_and_without_duplicates(config: RunConfig) -> No
     expected = [structure_key(water()), structure_key(ethanol())]
     assert list(folder.pool(1)) == list(folder.pool(3)) == expected
     assert folder.pool(0) == {}
-
-
-def test_files_appear_whole(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"a": float("nan")})
-    assert read_json(path) == {"a": 1}
-    write_text(path, "other")
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
-
-
-def test_a_log_survives_a_line_that_was_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    assert read_jsonl(path) == []
-    append_json(path, {"n": 1})
-    with path.open("a") as file:
-        file.write('{"n": 2, "na')
-    assert read_jsonl(path) == [{"n": 1}]
-    append_json(path, {"n": 3})
-    append_json(path, {"n": 4})
-    assert [record["n"] for record in read_jsonl(path)] == [1, 3, 4]
 
 
 def test_events_have_a_time_and_a_name(config: RunConfig) -> None:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,14 +18,15 @@ import matplotlib
 import numpy as np
 import pytest
 import structures
+from small_runs import HereExecutor
 
 import orbcalc
-from orbcalc.active.executor import Executor, TaskKind
-from orbcalc.active.folder import RunFolder, read_json, write_structures
+from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.loop import ActiveLearning
 from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, parse_config
 from orbcalc.errors import ConfigError
+from orbcalc.files import read_json
 from orbcalc.labels.label import Label, LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.report import write_report
@@ -35,27 +35,6 @@ from orbcalc.report.page import render
 from orbcalc.report.reading import read_run
 
 PLOTS = {"certificate", "costs", "learning", "parity", "uncertainty"}
-
-
-class HereExecutor(Executor):
-    """Runs every task at once in this process, so that the fixture needs no cluster."""
-
-    def __init__(self) -> None:
-        pass
-
-    def map(
-        self,
-        function: Callable[[Any], Any],
-        items: Iterable[Any],
-        kind: TaskKind,
-        *,
-        on_wait: Callable[[], None] | None = None,
-    ) -> Iterator[tuple[Any, Any]]:
-        for item in items:
-            yield item, function(item)
-
-    def n_workers(self, kind: TaskKind) -> int:
-        return 1
 
 
 @pytest.fixture(scope="module")
