@@ -134,7 +134,7 @@ class TaskWeights(StrictModel):
 class OptimizerConfig(StrictModel):
     """Muon and Adam with a cosine schedule and a moving average (EMA) of the weights."""
 
-    learning_rate: float = Field(default=1e-2, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0, description="of Adam; Muon has half of it")
     weight_decay: float = Field(
         default=0.01,
         ge=0,
