@@ -41,11 +41,8 @@ def orbcalc_config(model: Model, data: DataSet, recipe: Recipe) -> TrainConfig:
         "output": "model.orbcalc",
         "seed": recipe.seed,
         "device": recipe.device,
-        "potential": {**model.architecture, **({"xtb_head": "baseline"} if recipe.pool else {})},
-        "tasks": {
-            **({} if recipe.charges else {"charges": 0.0}),
-            **({"xtb_energy": 1.0, "xtb_forces": 30.0} if recipe.pool else {}),
-        },
+        "potential": model.architecture,
+        "tasks": {} if recipe.charges else {"charges": 0.0},
         "optimizer": {},
         "reference_energies": data.atom_energies,
     }

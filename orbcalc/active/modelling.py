@@ -74,7 +74,7 @@ def write_training_set(
         tasks=config.tasks,
         optimizer=config.optimizer,
         start_from=start_from,
-    )
+    ).resolved(cheap_only=config.pool.charges)  # in all rounds alike, so that they go on training
     write_text(files.train, dump_config(training))
 
 

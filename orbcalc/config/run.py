@@ -49,8 +49,9 @@ class PoolConfig(StrictModel):
     md: MDConfig | None = None
     charges: bool = Field(
         default=False,
-        description="compute the cheap labels (GFN1-xTB) of the whole pool, to learn from them; "
-        "otherwise those of structures with reference labels only",
+        description="compute the cheap labels (GFN1-xTB) of the whole pool, to learn from them "
+        "(potential.xtb_head: baseline by default); otherwise those of structures with reference "
+        "labels only",
     )
 
     @model_validator(mode="after")

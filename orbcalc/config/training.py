@@ -59,11 +59,18 @@ class PotentialConfig(StrictModel):
         default="equivariant",
         description="equivariant: on-site blocks; invariant: AO charges from scalars (a baseline)",
     )
-    xtb_head: Literal["none", "task", "baseline"] = Field(
-        default="none",
+    xtb_head: Literal["none", "task", "baseline"] | None = Field(
+        default=None,
         description="learn the GFN1-xTB energy as well; task: beside the energy; baseline: the "
-        "energy is the learned GFN1-xTB energy plus a learned difference (no xTB at inference)",
+        "energy is the learned GFN1-xTB energy plus a learned difference (no xTB at inference); "
+        "default: baseline if structures that have cheap labels only are trained on, or if "
+        "tasks.xtb_energy or tasks.xtb_forces has weight, otherwise none",
     )
+
+    @property
+    def learns_xtb_energy(self) -> bool:
+        """Whether there is a head for the GFN1-xTB energy."""
+        return self.xtb_head in ("task", "baseline")
 
     @model_validator(mode="before")
     @classmethod
@@ -101,8 +108,12 @@ class TaskWeights(StrictModel):
     forces: float = Field(default=30.0, ge=0)
     stress: float = Field(default=0.0, ge=0)
     charges: float = Field(default=1.0, ge=0)
-    xtb_energy: float = Field(default=0.0, ge=0)
-    xtb_forces: float = Field(default=0.0, ge=0)
+    xtb_energy: float | None = Field(
+        default=None, ge=0, description="default: 1 with potential.xtb_head, otherwise 0"
+    )
+    xtb_forces: float | None = Field(
+        default=None, ge=0, description="default: that of forces with potential.xtb_head, or 0"
+    )
 
     @model_validator(mode="after")
     def _some_task(self) -> TaskWeights:
@@ -123,7 +134,7 @@ class TaskWeights(StrictModel):
     @property
     def active(self) -> tuple[str, ...]:
         """Tasks that have weight."""
-        return tuple(task for task, weight in self if weight > 0)
+        return tuple(task for task, weight in self if weight)
 
     @property
     def reference(self) -> tuple[str, ...]:
@@ -195,6 +206,25 @@ class TrainConfig(StrictModel):
             raise ValueError(f"valid: {self.valid} is not a fraction between 0 and 1")
         self.tasks.check_heads(self.potential)
         return self
+
+    def resolved(self, *, cheap_only: bool) -> TrainConfig:
+        """Decide what was left to the structures: the head for the GFN1-xTB energy, its weights.
+
+        Parameters
+        ----------
+        cheap_only
+            Whether there are structures with a GFN1-xTB energy and no reference label.
+        """
+        potential, tasks = self.potential, self.tasks
+        if potential.xtb_head is None:
+            asked_for = tasks.xtb_energy or tasks.xtb_forces
+            head = "baseline" if asked_for or (cheap_only and tasks.xtb_energy != 0) else "none"
+            potential = potential.model_copy(update={"xtb_head": head})
+        factor = 1.0 if potential.learns_xtb_energy else 0.0
+        weights = {"xtb_energy": factor, "xtb_forces": factor * tasks.forces}
+        left_open = {name: w for name, w in weights.items() if getattr(tasks, name) is None}
+        tasks = tasks.model_copy(update=left_open)
+        return self.model_copy(update={"potential": potential, "tasks": tasks})
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -110,7 +110,7 @@ class Potential(nn.Module):
         self.energy_head = EnergyHead(config.channels, config.layers)
         self.xtb_energy_scale = statistics.xtb_energy_scale
         self.xtb_head = None
-        if config.xtb_head != "none":
+        if config.learns_xtb_energy:
             self.xtb_head = EnergyHead(config.channels, config.layers)
         self.charge_head: OrbitalBlockHead | InvariantChargeHead | None = None
         if config.charge_head != "none" and self.shells:

@@ -33,7 +33,14 @@ from orbcalc.labels.store import LabelStore, is_label_store
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
-from orbcalc.properties import REF_ENERGY, REF_METHOD, XTB_METHOD
+from orbcalc.properties import (
+    REF_ENERGY,
+    REF_FORCES,
+    REF_METHOD,
+    REF_STRESS,
+    XTB_ENERGY,
+    XTB_METHOD,
+)
 from orbcalc.structures import hold_out, read_structures, structure_key
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
@@ -47,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 #: Beside the members: fingerprints of the files that they are trained on.
 _INPUTS = "inputs.json"
+
+_REFERENCE_KEYS = frozenset({REF_ENERGY, REF_FORCES, REF_STRESS})
 
 MemberReport = Callable[[Mapping[str, Any]], None]
 
@@ -111,6 +120,7 @@ def train_member(
     if finished.exists():
         return finished
     sets = sets or _read_sets(config)
+    config = _resolved(config, sets)
     train_set, valid_set = _datasets(config, sets)
     seed = int(np.random.SeedSequence([config.seed, member]).generate_state(1)[0])
     state_path = finished.with_suffix(".state")
@@ -144,6 +154,7 @@ def finish_training(
         member, _ = load_model(_member_path(config, number), device=device, dtype=dtype)
         members.append(member.first)
     sets = sets or _read_sets(config)
+    config = _resolved(config, sets)
     train_set, valid_set = _datasets(config, sets)
     committee = calibrate(Committee(members), train_set, valid_set)
     n_train = len(train_set.labelled(REFERENCE_TASKS))
@@ -219,6 +230,16 @@ def _read_sets(config: TrainConfig) -> LabelledSets:
     valid = load_labelled(config.valid)
     _methods(structures + valid)
     return LabelledSets(structures, valid, files)
+
+
+def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
+    """Decide what the configuration leaves to the structures."""
+    return config.resolved(
+        cheap_only=any(
+            XTB_ENERGY in atoms.info and _REFERENCE_KEYS.isdisjoint({*atoms.info, *atoms.arrays})
+            for atoms in sets.train
+        )
+    )
 
 
 def _datasets(config: TrainConfig, sets: LabelledSets) -> tuple[LabelDataset, LabelDataset]:

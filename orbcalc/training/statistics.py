@@ -77,7 +77,7 @@ def fit_statistics(
         neighbor_scale=_neighbor_scale(dataset, config.cutoff),
         charge_shift=shift,
         charge_scale=scale,
-        xtb_reference_energies=None if config.xtb_head == "none" else xtb_reference,
+        xtb_reference_energies=xtb_reference if config.learns_xtb_energy else None,
         xtb_energy_scale=_energy_scale(xtb_forces, xtb_residuals, n_atoms),
     )
 

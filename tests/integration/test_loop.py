@@ -629,8 +629,6 @@ def test_the_cheap_labels_of_the_whole_pool_are_learned_from(
         tmp_path / "run",
         labels={"reference": {"calculator": "file"}},
         pool={"charges": True},
-        potential={"xtb_head": "baseline"},
-        tasks={"xtb_energy": 1, "xtb_forces": 1},
     )
     run(config, client=client)
     first = tmp_path / "run" / "rounds" / "000"
@@ -641,8 +639,9 @@ def test_the_cheap_labels_of_the_whole_pool_are_learned_from(
     for atoms in trained:
         assert (REF_FORCES in atoms.arrays) == (REF_ENERGY in atoms.info)
         assert {XTB_BLOCKS, XTB_FORCES} <= atoms.arrays.keys()
-    _, metadata = load_model(first / "model.orbcalc")
+    model, metadata = load_model(first / "model.orbcalc")
     assert metadata["training_set"]["n_cheap"] == 20
+    assert model.first.config.xtb_head == "baseline"
     events = read_jsonl(tmp_path / "run" / "events.jsonl")
     labelled = [event for event in events if event["event"] == "labelled"]
     assert [(event["purpose"], event["structures"]) for event in labelled][:2] == [

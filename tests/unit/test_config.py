@@ -102,7 +102,7 @@ def test_all_problems_are_listed():
         ),
         (
             TrainConfig,
-            TRAIN | {"tasks": {"xtb_forces": 1}},
+            TRAIN | {"tasks": {"xtb_forces": 1}, "potential": {"xtb_head": "none"}},
             "tasks.xtb_forces has weight, but potential.xtb_head is none",
         ),
         (TrainConfig, TRAIN | {"valid": 1.0}, "is not a fraction between 0 and 1"),
@@ -263,3 +263,26 @@ def test_a_certificate_of_forces_needs_labels_of_forces() -> None:
     }
     with pytest.raises(ConfigError, match=r"quantity is forces, but labels\.forces is false"):
         parse_config(data, RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "cheap_only", "head", "weights"),
+    [
+        ({}, False, "none", (0, 0)),
+        ({}, True, "baseline", (1, 30)),
+        ({"tasks": {"forces": 0}}, True, "baseline", (1, 0)),
+        ({"tasks": {"xtb_energy": 0}}, True, "none", (0, 0)),
+        ({"tasks": {"xtb_energy": 2}}, False, "baseline", (2, 30)),
+        ({"potential": {"xtb_head": "none"}}, True, "none", (0, 0)),
+        ({"potential": {"xtb_head": "task"}}, False, "task", (1, 30)),
+    ],
+)
+def test_the_gfn1_energy_is_learned_where_it_pays(
+    given: dict[str, object], cheap_only: bool, head: str, weights: tuple[float, float]
+) -> None:
+    config = parse_config(TRAIN | given, TrainConfig, source="a test")
+    resolved = config.resolved(cheap_only=cheap_only)
+    assert resolved.potential.xtb_head == head
+    assert (resolved.tasks.xtb_energy, resolved.tasks.xtb_forces) == weights
+    again = parse_config(resolved.model_dump(mode="json"), TrainConfig, source="a test")
+    assert again.resolved(cheap_only=not cheap_only) == resolved
