@@ -40,7 +40,7 @@ BATCH_ATOMS = 512
 #: What `predict` can be asked for.
 PREDICTED = {
     *("energy", "forces", "stress", "charges", "orbital_charges", "features"),
-    *("energy_uncertainty", "forces_uncertainty"),
+    *("energy_uncertainty", "forces_uncertainty", "energy_interval_95", "forces_interval_95"),
 }
 
 
@@ -63,9 +63,11 @@ class OrbcalcCalculator(Calculator):
     Energy (eV, total energy of the reference method), forces (eV/Å), stress (eV/Å³, Voigt xx yy
     zz yz xz xy), atomic charges (e), ``orbital_charges`` on demand (list of one array for each
     atom, tblite's AO order). ``energy_uncertainty`` (eV) and ``forces_uncertainty`` (n_atoms,
-    eV/Å) are one calibrated standard deviation each: from the spread of a committee, or from the
-    last layer of a single potential; :func:`orbcalc.with_results` brings them into files. Total
-    charge and multiplicity are read from ``atoms.info``.
+    eV/Å) are one calibrated standard deviation each: 68 % of the errors on structures like those
+    of the training are smaller. 95 % of them are smaller than ``energy_interval_95`` and
+    ``forces_interval_95``, which may be more than twice as large: errors have heavy tails.
+    :func:`orbcalc.with_results` brings all of them into files. Total charge and multiplicity are
+    read from ``atoms.info``.
 
     Examples
     --------
@@ -83,6 +85,8 @@ class OrbcalcCalculator(Calculator):
         "orbital_charges",
         "energy_uncertainty",
         "forces_uncertainty",
+        "energy_interval_95",
+        "forces_interval_95",
     ]
 
     def __init__(
@@ -130,7 +134,7 @@ class OrbcalcCalculator(Calculator):
         wanted = set(properties) & {"forces", "stress", "charges"}
         if "orbital_charges" in properties:
             wanted.add("charges")
-        if "forces_uncertainty" in properties:
+        if not {"forces_uncertainty", "forces_interval_95"}.isdisjoint(properties):
             wanted.add("forces")
         prediction = self.model(graph.to(self._device), sorted(wanted))
         (found,) = _results(prediction, graph, self.model, properties)
@@ -210,7 +214,11 @@ def predict(
     _refuse_unlearned(committee, properties)
     atoms_list = [_as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
-    needed = {"orbital_charges": "charges", "forces_uncertainty": "forces"}
+    needed = {
+        "orbital_charges": "charges",
+        "forces_uncertainty": "forces",
+        "forces_interval_95": "forces",
+    }
     wanted = {needed.get(name, name) for name in properties}
     for batch in _batches(atoms_list, committee, on_error):
         joined = AtomGraph.batch([item.graph for item in batch])
@@ -236,7 +244,9 @@ def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:
         raise PropertyNotImplementedError(
             "this model was trained without charges; train it with `tasks: {charges: 1}`"
         )
-    if not model.has_uncertainty and any("uncertainty" in name for name in properties):
+    if not model.has_uncertainty and any(
+        name.endswith(("_uncertainty", "_interval_95")) for name in properties
+    ):
         raise PropertyNotImplementedError(
             "this model has no uncertainty: its training had no energies to measure it by"
         )
@@ -292,14 +302,16 @@ def _results(
     per_atom("forces", prediction.forces)
     per_atom("charges", prediction.charges)
     per_atom("forces_uncertainty", prediction.forces_uncertainty)
+    per_atom("forces_interval_95", prediction.forces_interval_95)
     if "orbital_charges" in properties and prediction.orbital_charges is not None:
         per_atom("orbital_charges", prediction.orbital_charges)
         numbers = np.split(graph.numbers.cpu().numpy(), ends)
         for result, z in zip(results, numbers, strict=True):
             result["orbital_charges"] = _in_ao_order(result["orbital_charges"], z, committee)
     for index, result in enumerate(results):
-        if prediction.energy_uncertainty is not None:
-            result["energy_uncertainty"] = float(prediction.energy_uncertainty[index].detach())
+        for name in ("energy_uncertainty", "energy_interval_95"):
+            if (values := getattr(prediction, name)) is not None:
+                result[name] = float(values[index].detach())
         if prediction.stress is not None and bool(graph.is_periodic[index]):
             stress = prediction.stress[index].detach().cpu().numpy()
             result["stress"] = full_3x3_to_voigt_6_stress(stress)

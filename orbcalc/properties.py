@@ -12,7 +12,9 @@ from dataclasses import dataclass
 __all__ = [
     "BLOCK_IRREPS",
     "CHARGE_KEY",
+    "ENERGY_INTERVAL_95",
     "ENERGY_UNCERTAINTY",
+    "FORCES_INTERVAL_95",
     "FORCES_UNCERTAINTY",
     "POOL_CERTIFIED",
     "POOL_FAILURE",
@@ -50,6 +52,8 @@ XTB_SHELLS = "GFN1_shells"
 #: Results that ASE has no name for; see :mod:`orbcalc.results`.
 ENERGY_UNCERTAINTY = "energy_uncertainty"
 FORCES_UNCERTAINTY = "forces_uncertainty"
+ENERGY_INTERVAL_95 = "energy_interval_95"
+FORCES_INTERVAL_95 = "forces_interval_95"
 
 #: Method, program, version and settings behind the labels of a structure, in words.
 REF_METHOD = "REF_method"
@@ -128,7 +132,12 @@ PROPERTIES: tuple[PropertySpec, ...] = (
         "charges",
     ),
     PropertySpec(
-        "energy_uncertainty", "()", "eV", "0e", "one standard deviation", ENERGY_UNCERTAINTY
+        "energy_uncertainty",
+        "()",
+        "eV",
+        "0e",
+        "one standard deviation: 68 % of errors are smaller",
+        ENERGY_UNCERTAINTY,
     ),
     PropertySpec(
         "forces_uncertainty",
@@ -137,5 +146,16 @@ PROPERTIES: tuple[PropertySpec, ...] = (
         "0e",
         "one standard deviation of the force vector's components",
         FORCES_UNCERTAINTY,
+    ),
+    PropertySpec(
+        "energy_interval_95", "()", "eV", "0e", "95 % of errors are smaller", ENERGY_INTERVAL_95
+    ),
+    PropertySpec(
+        "forces_interval_95",
+        "(n_atoms,)",
+        "eV/Å",
+        "0e",
+        "95 % of the errors of the force vector's components are smaller",
+        FORCES_INTERVAL_95,
     ),
 )

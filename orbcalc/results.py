@@ -16,14 +16,21 @@ from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from orbcalc.errors import StructureError
-from orbcalc.properties import ENERGY_UNCERTAINTY, FORCES_UNCERTAINTY
+from orbcalc.properties import (
+    ENERGY_INTERVAL_95,
+    ENERGY_UNCERTAINTY,
+    FORCES_INTERVAL_95,
+    FORCES_UNCERTAINTY,
+)
 
 if TYPE_CHECKING:
     from ase.db.row import AtomsRow
 
 __all__ = ["results_of", "with_results"]
 
-_UNCERTAINTIES = (ENERGY_UNCERTAINTY, FORCES_UNCERTAINTY)
+_OF_STRUCTURE = (ENERGY_UNCERTAINTY, ENERGY_INTERVAL_95)
+_OF_ATOMS = (FORCES_UNCERTAINTY, FORCES_INTERVAL_95)
+_UNCERTAINTIES = (*_OF_STRUCTURE, *_OF_ATOMS)
 
 
 def with_results(atoms: Atoms, results: Mapping[str, Any] | None = None) -> Atoms:
@@ -33,6 +40,7 @@ def with_results(atoms: Atoms, results: Mapping[str, Any] | None = None) -> Atom
     copy. The uncertainties are ``info["energy_uncertainty"]`` (eV) and
     ``arrays["forces_uncertainty"]`` (n_atoms, eV/Å), which extxyz files keep, and parameters of
     that calculator, which trajectories and databases keep; :func:`results_of` finds them again.
+    So are ``energy_interval_95`` and ``forces_interval_95``.
 
     Parameters
     ----------
@@ -67,10 +75,11 @@ def with_results(atoms: Atoms, results: Mapping[str, Any] | None = None) -> Atom
     for name in (*named, *_UNCERTAINTIES):  # extxyz would refuse two of a name
         copy.info.pop(name, None)
         copy.arrays.pop(name, None)
-    if ENERGY_UNCERTAINTY in uncertain:
-        copy.info[ENERGY_UNCERTAINTY] = uncertain[ENERGY_UNCERTAINTY]
-    if FORCES_UNCERTAINTY in uncertain:
-        copy.set_array(FORCES_UNCERTAINTY, np.asarray(uncertain[FORCES_UNCERTAINTY]))
+    for name, value in uncertain.items():
+        if name in _OF_STRUCTURE:
+            copy.info[name] = value
+        else:
+            copy.set_array(name, np.asarray(value))
     if named:
         copy.calc = SinglePointCalculator(copy, **named)
         copy.calc.name = "orbcalc"

@@ -232,7 +232,10 @@ def in_dtype(model: Model, dtype: torch.dtype) -> Model:
 
 
 #: Quantities with one row for each atom.
-_PER_ATOM = ("forces", "orbital_blocks", "orbital_charges", "charges", "forces_uncertainty")
+_PER_ATOM = (
+    *("forces", "orbital_blocks", "orbital_charges", "charges"),
+    *("forces_uncertainty", "forces_interval_95"),
+)
 
 
 @dataclass(frozen=True)

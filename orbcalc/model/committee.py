@@ -1,6 +1,7 @@
-"""Several potentials as one: their mean predicts, their spread says how sure it is.
+"""Several potentials as one: their mean predicts.
 
-A single potential says it by the rigidity of its last layer.
+How sure it is, their last layers say (rigidity, `training.calibration`), or the spread of members
+whose last layers were not measured.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ __all__ = ["Calibration", "Committee", "CommitteePrediction"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Factors that turn the spread of the members into one standard deviation of the error.
+    """Factors that turn rigidities, or the spread of the members, into the size of errors.
 
-    For a single member it is not their spread, but the rigidity of its last layer. They are
-    measured on structures that no member was trained on; 1 means not calibrated.
+    They are measured on structures that no member was trained on; these ones mean: not calibrated.
     """
 
     energy: float = 1.0
+    """To one standard deviation: 68 % of errors are smaller."""
     forces: float = 1.0
+    energy_95: float = 1.96
+    """To what 95 % of errors are smaller than."""
+    forces_95: float = 1.96
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class CommitteePrediction(Prediction):
     """One standard deviation, eV."""
     forces_uncertainty: Float[Tensor, " n_atoms"] | None = None
     """One standard deviation of each component of the force on an atom, eV/Å."""
+    energy_interval_95: Float[Tensor, " n_structures"] | None = None
+    """What 95 % of errors are smaller than, eV."""
+    forces_interval_95: Float[Tensor, " n_atoms"] | None = None
+    """The same for components of the force on an atom, eV/Å."""
 
 
 class Committee(nn.Module):
@@ -74,9 +82,10 @@ class Committee(nn.Module):
                 raise ConfigError("members of a committee must share elements, cutoff and shells")
         self.members = nn.ModuleList(members)
         self.calibration = calibration or Calibration()
+        self._has_rigidity = all(member.knows_rigidity for member in members)
         #: Whether it can tell how sure it is: several members, or one that was calibrated before
         #: the committee was made.
-        self.has_uncertainty = len(members) > 1 or first.knows_rigidity
+        self.has_uncertainty = self._has_rigidity or len(members) > 1
 
     @property
     def first(self) -> Potential:
@@ -94,8 +103,7 @@ class Committee(nn.Module):
         self, graph: AtomGraph, properties: Collection[str] = ("energy",)
     ) -> CommitteePrediction:
         """Evaluate all members; see `Potential.forward` for the properties."""
-        alone = len(self.members) == 1
-        if alone and self.has_uncertainty:
+        if self._has_rigidity:
             properties = [*properties, "rigidity"]
         predictions: list[Prediction] = [member(graph, properties) for member in self.members]
         result = CommitteePrediction(
@@ -106,25 +114,34 @@ class Committee(nn.Module):
                 if field.name != "energy" and getattr(predictions[0], field.name) is not None
             },
         )
-        if alone:
-            return self._with_rigidity(result)
-        energies = torch.stack([p.energy for p in predictions])
-        result = replace(result, energy_uncertainty=energies.std(0) * self.calibration.energy)
-        if result.forces is not None:
-            forces = torch.stack([p.forces for p in predictions if p.forces is not None])
-            spread = forces.var(0).sum(-1).sqrt() / math.sqrt(3)
-            result = replace(result, forces_uncertainty=spread * self.calibration.forces)
+        energy, forces = self._raw_uncertainties(result, predictions)
+        scale = self.calibration
+        if energy is not None:
+            result = replace(
+                result,
+                energy_uncertainty=energy * scale.energy,
+                energy_interval_95=energy * scale.energy_95,
+            )
+        if forces is not None and result.forces is not None:
+            result = replace(
+                result,
+                forces_uncertainty=forces * scale.forces,
+                forces_interval_95=forces * scale.forces_95,
+            )
         return result
 
-    def _with_rigidity(self, result: CommitteePrediction) -> CommitteePrediction:
-        energy, forces = result.energy_rigidity, result.atom_rigidity
-        if energy is None or forces is None:
-            return result
-        result = replace(result, energy_uncertainty=energy.double() * self.calibration.energy)
-        if result.forces is not None:
-            forces = forces.double() * self.calibration.forces
-            result = replace(result, forces_uncertainty=forces)
-        return result
+    def _raw_uncertainties(
+        self, mean: Prediction, predictions: Sequence[Prediction]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return those of energies and of force components, up to a factor; None if unknown."""
+        if mean.energy_rigidity is not None and mean.atom_rigidity is not None:
+            return mean.energy_rigidity.double(), mean.atom_rigidity.double()
+        if len(predictions) == 1:
+            return None, None
+        energies = torch.stack([p.energy for p in predictions])
+        forces = [p.forces for p in predictions if p.forces is not None]
+        spread = torch.stack(forces).var(0).sum(-1).sqrt() / math.sqrt(3) if forces else None
+        return energies.std(0), spread
 
 
 def _mean(values: Iterable[Tensor]) -> Tensor:

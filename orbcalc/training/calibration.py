@@ -1,11 +1,15 @@
-"""How sure a model is: standard deviations of its errors, measured on structures held out.
+"""How sure a model is: sizes of its errors, measured on structures held out.
 
-A committee has the spread of its members. A single potential has the rigidity of its last layer
-(LLPR, Bigi 2024, 2403.02251): with ``f`` the sum over atoms of what its energy is a linear function
-of, the variance of the energy is ``α² fᵀ (F + ζ)⁻¹ f`` where ``F = Σ f fᵀ / n²`` over the training
-set, whose loss is that of energies per atom. It is stored as a matrix ``W`` with
-``W Wᵀ = (F + ζ)⁻¹``, so that the standard deviation is the norm of ``Wᵀ f``; for one atom, with its
-own part of ``f``, the same norm stands for the uncertainty of its force.
+The rigidity of the last layer (LLPR, Bigi 2024, 2403.02251) says which errors are large: with
+``f`` the sum over atoms of what the energy is a linear function of, the variance of the energy is
+``α² fᵀ (F + ζ)⁻¹ f`` where ``F = Σ f fᵀ / n²`` over the training set, whose loss is that of
+energies per atom. It is stored as a matrix ``W`` with ``W Wᵀ = (F + ζ)⁻¹``, so that the standard
+deviation is the norm of ``Wᵀ f``; for one atom, with its own part of ``f``, the same norm stands
+for the uncertainty of its force. Members of a committee are averaged. docs/uncertainty.md compares
+this with the spread of members.
+
+Errors have heavier tails than a normal distribution, so there are two factors: one so that 68 % of
+the errors held out are smaller than the uncertainty, one for 95 %.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from orbcalc.training.trainer import on_device
 
 __all__ = ["calibrate"]
 
+#: Share of a normal distribution within one standard deviation.
+ONE_SIGMA = 0.6827
+
 #: ζ, in units of the mean eigenvalue of F: the likeliest one is taken.
 _REGULARISERS = tuple(10.0**power for power in range(-9, 2))
 
@@ -30,50 +37,54 @@ _REGULARISERS = tuple(10.0**power for power in range(-9, 2))
 def calibrate(
     committee: Committee, train: LabelDataset, valid: LabelDataset, batch_size: int = 32
 ) -> Committee:
-    """Scale the uncertainties so that their mean square is the mean square of the errors.
-
-    The mean of squared *ratios* would be the usual choice, but it is ruled by the few structures
-    where a small committee happens to agree.
+    """Measure the last layers of the members, and scale uncertainties to the size of errors.
 
     Parameters
     ----------
     committee
         Trained members.
     train
-        What they were trained on; used for a single member.
+        What they were trained on.
     valid
         Labelled structures that no member was trained on.
 
     Returns
     -------
     Committee
-        The same members. Quantities without labels keep a factor of 1; a single member without
-        energies in `train` and `valid` has no uncertainties.
+        The same members. Quantities without labels keep their factors. Without energies in
+        `train` and `valid` a single member has no uncertainties, and several have their spread.
     """
-    if len(committee.members) == 1:
-        _measure_rigidity(committee.first, train, valid, batch_size)
+    for member in committee.members:
+        assert isinstance(member, Potential)
+        _measure_rigidity(member, train, valid, batch_size)
     raw = Committee([*committee.members])
     if not raw.has_uncertainty:
         return raw
-    energy: list[tuple[Tensor, Tensor]] = []
-    forces: list[tuple[Tensor, Tensor]] = []
+    energy: list[Tensor] = []
+    forces: list[Tensor] = []
     for graph, targets in on_device(valid, batch_size, committee.first):
         prediction = raw(graph, ("energy", "forces"))
         assert prediction.energy_uncertainty is not None
         assert prediction.forces_uncertainty is not None
-        n_atoms = graph.n_atoms_of_structure.sqrt()  # large structures must not rule
-        error = prediction.energy - targets.energy
-        energy.append((error / n_atoms, prediction.energy_uncertainty / n_atoms))
-        errors = (prediction.forces - targets.forces).flatten()
-        forces.append((errors, prediction.forces_uncertainty.repeat_interleave(3)))
-    factors = Calibration(energy=_factor(*_joined(energy)), forces=_factor(*_joined(forces)))
+        energy.append((prediction.energy - targets.energy) / prediction.energy_uncertainty)
+        errors = prediction.forces - targets.forces
+        forces.append((errors / prediction.forces_uncertainty[:, None]).flatten())
+    energies, components = torch.cat(energy), torch.cat(forces)
+    factors = Calibration(
+        energy=_quantile(energies, ONE_SIGMA, unknown=1.0),
+        forces=_quantile(components, ONE_SIGMA, unknown=1.0),
+        energy_95=_quantile(energies, 0.95, unknown=1.96),
+        forces_95=_quantile(components, 0.95, unknown=1.96),
+    )
     return Committee([*committee.members], factors)
 
 
 def _measure_rigidity(
     potential: Potential, train: LabelDataset, valid: LabelDataset, batch_size: int
 ) -> None:
-    """Set the whitening of the last layer; it stays zero without energies."""
+    """Set the whitening of the last layer; it is zero without energies."""
+    buffer = potential.get_buffer("whitening")
+    buffer.zero_()  # it may be that of an earlier training
     known, _, n_known = _last_layers(potential, train, batch_size)
     new, errors, n_new = _last_layers(potential, valid, batch_size)
     if len(known) == 0 or len(new) == 0:
@@ -86,12 +97,11 @@ def _measure_rigidity(
     best, chosen = math.inf, _REGULARISERS[0]
     for factor in _REGULARISERS:
         spread = (projected / (values + factor * values.mean())).sum(1).sqrt()
-        spread = spread * _factor(errors / roots, spread / roots)
+        spread = spread * _rms_ratio(errors / roots, spread / roots)
         loss = float((spread.log() + 0.5 * (errors / spread) ** 2).mean())
         if loss < best:
             best, chosen = loss, factor
     whitening = vectors / (values + chosen * values.mean()).sqrt()
-    buffer = potential.get_buffer("whitening")
     buffer.copy_(whitening.to(buffer))
 
 
@@ -112,15 +122,18 @@ def _last_layers(
     return last, errors, n_atoms
 
 
-def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    errors, spreads = (torch.cat(column) for column in zip(*pairs, strict=True))
-    return errors, spreads
-
-
-def _factor(errors: Tensor, spreads: Tensor) -> float:
-    labelled = torch.isfinite(errors)
-    if not labelled.any():
-        return 1.0
-    size = float(errors[labelled].pow(2).mean().sqrt())
-    spread = float(spreads[labelled].pow(2).mean().sqrt())
+def _rms_ratio(errors: Tensor, spreads: Tensor) -> float:
+    size, spread = (float(values.pow(2).mean().sqrt()) for values in (errors, spreads))
     return size / spread if size > 0 and spread > 0 else 1.0
+
+
+def _quantile(ratios: Tensor, share: float, *, unknown: float) -> float:
+    """Return what a share of new ratios will not exceed, `unknown` without any.
+
+    The rank has room for the number of ratios, as in split conformal prediction (Lei 2018,
+    1604.04173): that share of structures like these is covered on average, however few they are.
+    """
+    sizes = ratios[torch.isfinite(ratios)].abs().sort().values
+    rank = math.ceil((len(sizes) + 1) * share)
+    found = float(sizes[min(rank, len(sizes)) - 1]) if len(sizes) else 0.0
+    return found if found > 0 else unknown

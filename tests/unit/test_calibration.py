@@ -20,13 +20,15 @@ from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
 
 
-def rattled(potential: Committee, count: int, size: float, error: float = 0.0) -> list[Atoms]:
+def rattled(
+    potential: Committee, count: int, size: float, error: float = 0.0, seed: int = 0
+) -> list[Atoms]:
     """Return ethanols with the labels that a model predicts, off by a random error."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed + 7)
     found = []
     for number in range(count):
         atoms = structures.ethanol()
-        atoms.rattle(size, seed=number)
+        atoms.rattle(size, seed=seed + number)
         found.append(atoms)
     for atoms, result in zip(found, predict(potential, found), strict=True):
         atoms.info[REF_ENERGY] = result["energy"] + error * rng.normal()
@@ -42,15 +44,48 @@ def calibrated(make_potential: MakePotential) -> Committee:
     return calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
 
 
-def test_a_single_potential_knows_the_size_of_its_errors(calibrated: Committee) -> None:
-    valid = rattled(calibrated, 40, 0.05)
-    results = predict(calibrated, valid)
-    energy = np.array([result["energy_uncertainty"] for result in results])
-    forces = np.concatenate([result["forces_uncertainty"] for result in results])
-    assert np.sqrt((energy**2).mean()) == pytest.approx(0.2, rel=0.35)
-    assert np.sqrt((forces**2).mean()) == pytest.approx(0.2, rel=0.1)
-    assert (energy > 0).all()
-    assert (forces > 0).all()
+def test_intervals_hold_what_they_promise(calibrated: Committee) -> None:
+    """Energies by 40 that were held out, forces by 360 atoms."""
+    fresh = rattled(calibrated, 150, 0.05, error=0.2, seed=1000)
+    results = predict(calibrated, fresh)
+    for name, label, slack in (("energy", REF_ENERGY, 0.15), ("forces", REF_FORCES, 0.03)):
+        columns = 3 if name == "forces" else 1
+        errors = [
+            np.abs(result[name] - (atoms.info | atoms.arrays)[label]).reshape(-1, columns)
+            for atoms, result in zip(fresh, results, strict=True)
+        ]
+        for key, share in ((f"{name}_uncertainty", 0.68), (f"{name}_interval_95", 0.95)):
+            limits = [np.reshape(result[key], (-1, 1)) for result in results]
+            assert all((limit > 0).all() for limit in limits)
+            inside = np.concatenate([(e <= u).ravel() for e, u in zip(errors, limits, strict=True)])
+            assert inside.mean() == pytest.approx(share, abs=slack if share < 0.9 else slack / 2)
+
+
+@pytest.mark.parametrize("n_members", [1, 2])
+def test_the_last_layers_speak_for_a_committee(
+    make_potential: MakePotential, n_members: int
+) -> None:
+    members = [make_potential("none") for _ in range(n_members)]
+    raw = Committee(members)
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 40, 0.05, error=0.2)
+    found = calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
+    graph = AtomGraph.from_atoms(structures.ethanol(), 4.0)
+    rigidities = [member(graph, ("rigidity",)).energy_rigidity for member in found.members]
+    expected = found.calibration.energy * torch.stack(rigidities).mean(0)
+    torch.testing.assert_close(found(graph).energy_uncertainty, expected)
+
+
+def test_a_quantile_leaves_room_for_few(calibrated: Committee) -> None:
+    """The 95 % interval of 5 structures is the largest of their errors."""
+    raw = Committee([calibrated.first])
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 5, 0.05, error=0.2)
+    found = calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
+    results = predict(found, valid)
+    errors = [abs(r["energy"] - a.info[REF_ENERGY]) for a, r in zip(valid, results, strict=True)]
+    ratios = sorted(e / r["energy_interval_95"] for e, r in zip(errors, results, strict=True))
+    assert ratios[-1] == pytest.approx(1.0)
+    ratios = sorted(e / r["energy_uncertainty"] for e, r in zip(errors, results, strict=True))
+    assert ratios[4] == pytest.approx(1.0)  # rank ⌈6 x 0.68⌉ = 5 of 5
 
 
 def test_it_is_less_sure_of_what_it_has_not_seen(calibrated: Committee) -> None:

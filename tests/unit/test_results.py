@@ -20,7 +20,8 @@ from orbcalc import OrbcalcCalculator, predict, results_of, with_results
 from orbcalc.errors import StructureError
 from orbcalc.model.committee import Committee
 
-UNCERTAINTIES = {"energy_uncertainty", "forces_uncertainty"}
+OF_STRUCTURE = {"energy_uncertainty", "energy_interval_95"}
+UNCERTAINTIES = OF_STRUCTURE | {"forces_uncertainty", "forces_interval_95"}
 
 
 @pytest.fixture
@@ -91,7 +92,9 @@ def test_a_single_atom(tmp_path: Path) -> None:
         "energy": -13.6,
         "forces": np.zeros((1, 3)),
         "energy_uncertainty": 0.1,
+        "energy_interval_95": 0.3,
         "forces_uncertainty": np.array([0.2]),
+        "forces_interval_95": np.array([0.5]),
     }
     for name in ("a.extxyz", "a.traj"):
         ase.io.write(tmp_path / name, with_results(Atoms("H"), results))
@@ -110,7 +113,7 @@ def test_the_structure_is_left_as_it_is(calculated: Atoms) -> None:
     assert calculated.info == before.info
     assert set(calculated.arrays) == set(before.arrays)
     assert ase_calculators.all_properties == lists
-    assert {k: v for k, v in done.info.items() if k != "energy_uncertainty"} == {"name": "ice"}
+    assert {k: v for k, v in done.info.items() if k not in OF_STRUCTURE} == {"name": "ice"}
     assert done.get_potential_energy() == calculated.get_potential_energy()
 
 
