@@ -32,7 +32,7 @@ class MDConfig(StrictModel):
     max_uncertainty: float | None = Field(
         default=0.05,
         gt=0,
-        description="energy spread of the committee, eV/atom, at which a walker is stopped",
+        description="uncertainty of the energy, eV/atom, at which a walker is stopped",
     )
     rounds: int = Field(
         default=2, ge=1, description="rounds that enlarge the pool; afterwards it is fixed"
@@ -145,7 +145,7 @@ class RunConfig(StrictModel):
         default=2,
         ge=1,
         le=16,
-        description="members; their spread is the uncertainty, or the last layer of a single one",
+        description="members, whose mean predicts; uncertainties come from their last layers",
     )
     device: str = "auto"
     warm_start: bool = Field(

@@ -218,8 +218,8 @@ def _uncertainty_caption(run: RunFacts) -> str:
         return "No audit has been labelled completely yet."
     text = (
         f"Of all {len(ratios):,} audited structures, {_inside(ratios, 1)} have an error below one "
-        f"predicted standard deviation σ and {_inside(ratios, 2)} below two; for a normal "
-        f"distribution it is 68 % and 95 %. "
+        f"predicted standard deviation σ and {_inside(ratios, 2)} below two; 68 % are meant to be "
+        f"below one, and below two it is 95 % of a normal distribution, fewer of heavier tails. "
     )
     newest = figures.audit_ratios([latest])
     if len(newest):
