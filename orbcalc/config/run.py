@@ -142,7 +142,7 @@ class RunConfig(StrictModel):
     output: Path = Field(default=Path("run"), description="the run folder")
     seed: int = Field(default=0, ge=0)
     committee: int = Field(
-        default=2,
+        default=1,
         ge=1,
         le=16,
         description="members, whose mean predicts; uncertainties come from their last layers",
