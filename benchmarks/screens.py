@@ -111,7 +111,7 @@ def _energies(structures: Sequence[Atoms]) -> np.ndarray:
 
 def load_screen(name: str, options: argparse.Namespace) -> Screen:
     """Read a set and say how it is screened."""
-    sizes = SelectionConfig(initial=100, batch=200, audit=200, diversity=1)  # best on the pilot
+    sizes = SelectionConfig(initial=200, batch=150, audit=200, diversity=1)  # best on the pilot
     if name == "hydroform22":
         found = load_set(options.data, name, Limits(pool=10_000, test=10_000))
         return gaussian_processes([*found.pool, *found.valid, *found.test], 2000, sizes)
