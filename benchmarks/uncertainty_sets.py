@@ -128,21 +128,21 @@ ENERGIES, WITH_FORCES = LabelConfig(reference=FILE, forces=False), LabelConfig(r
 PROBLEMS: dict[str, Source] = {
     "qm9": Source(
         "QM9, B3LYP energies; 1,000 molecules, validated with 100, judged by 1,000 others",
-        qm9, ENERGIES, False, {"steps": 3000, "batch_size": 8},
+        qm9, ENERGIES, False, {"steps": 2500, "batch_size": 8},
     ),
     "hydroform22": Source(
         "hydroform22, DFT energies of Co, Rh and Ir complexes of at most 65 atoms of 75 "
         "catalysts; validated with and judged by unseen catalysts",
-        hydroform22, ENERGIES, False, {"steps": 2000, "batch_size": 4},
+        hydroform22, ENERGIES, False, {"steps": 1500, "batch_size": 4},
     ),
     "acac": Source(
         "acetylacetone, PBE+D3; 200 structures at 300 K, validated with 50, judged by the 650 of "
         "acac_test_300K",
-        acac, WITH_FORCES, True, {"steps": 2500, "batch_size": 5},
+        acac, WITH_FORCES, True, {"steps": 2000, "batch_size": 5},
     ),
     "acac-gfn2": Source(
         "the same structures with GFN2-xTB labels, and 300 each of GFN1-xTB dynamics at 600 and "
         "1200 K",
-        acac_gfn2, LabelConfig(), True, {"steps": 2500, "batch_size": 5},
+        acac_gfn2, LabelConfig(), True, {"steps": 2000, "batch_size": 5},
     ),
 }  # fmt: skip
