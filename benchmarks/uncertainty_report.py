@@ -51,6 +51,7 @@ def table(result: Row) -> str:
         ):
             lines += _rank_table(problem["ranks"], statistic, title)
         lines += _reliability_table(problem["reliability"])
+        lines += _size_table(problem["sizes"])
     return "\n".join(lines)
 
 
@@ -90,6 +91,35 @@ def _reliability_table(rows: Sequence[Row]) -> list[str]:
             + " | ".join(cells)
             + " |"
         )
+    return [*lines, ""]
+
+
+def _size_table(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    title = (
+        "Shares within one and two standard deviations, %, mean ± standard deviation over random "
+        "validation sets of so many structures:"
+    )
+    lines = [
+        title,
+        "",
+        "| quantity | members | structures | RMS | two quantiles |",
+        "|" + "---|" * 5,
+    ]
+    for case in _cases(rows):
+        for size in dict.fromkeys(row["size"] for row in rows if _is(row, case)):
+            own = [row for row in rows if _is(row, {**case, "size": size})]
+            cells = [
+                " / ".join(
+                    f"{100 * mean:.0f} ± {100 * spread:.0f}"
+                    for mean, spread in zip(row["mean"], row["spread"], strict=True)
+                )
+                for row in own
+            ]
+            lines.append(
+                f"| {case['quantity']} | {case['members']} | {size} | " + " | ".join(cells) + " |"
+            )
     return [*lines, ""]
 
 

@@ -24,6 +24,8 @@ __all__ = ["GROUPS", "Answers", "judge"]
 GROUPS = {1: ((0,), (1,), (2,), (3,)), 2: ((0, 1), (2, 3)), 4: ((0, 1, 2, 3),)}
 #: Of Gaussian errors within one and two standard deviations.
 SHARES = (0.6827, 0.9545)
+#: Structures of random validation sets, and how many of those are drawn.
+VALIDATION_SIZES, _DRAWS = (25, 50, 100, 200, 400), 50
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Case:
     def sizes(self) -> np.ndarray:
         """(m,) absolute errors of energies, or lengths of errors of forces."""
         return np.linalg.norm(self.errors, axis=1)
+
+    def part(self, structures: np.ndarray) -> Case:
+        """Return the rows of some structures."""
+        own = np.isin(self.owner, structures)
+        scores = {name: values[own] for name, values in self.scores.items()}
+        return Case(self.errors[own], scores, self.owner[own])
 
 
 def case_of(answers: Answers, chosen: Sequence[int], quantity: str) -> Case:
@@ -170,7 +178,7 @@ def judge(runs: Sequence[tuple[dict[str, Answers], dict]], forces: bool) -> dict
         Whether the members predict forces as well.
     """
     judged = [name for name in runs[0][0] if name not in ("valid", "spare")]
-    ranks, reliabilities, curves = [], [], []
+    ranks, reliabilities, sizes, curves = [], [], [], []
     for part, quantity, n_members in product(
         judged, ("energy", "forces") if forces else ("energy",), GROUPS
     ):
@@ -186,7 +194,15 @@ def judge(runs: Sequence[tuple[dict[str, Answers], dict]], forces: bool) -> dict
         ranks += [{**terms, **row} for row in _ranks([c[0] for c in cases], weights)]
         reliabilities += [{**terms, **row} for row in _reliabilities(cases, weights)]
         curves.append({**terms, **_curves(cases)})
-    return {"seeds": len(runs), "ranks": ranks, "reliability": reliabilities, "curves": curves}
+        if part == "same":
+            sizes += [{**terms, **row} for row in _by_size(cases)]
+    return {
+        "seeds": len(runs),
+        "ranks": ranks,
+        "reliability": reliabilities,
+        "sizes": sizes,
+        "curves": curves,
+    }
 
 
 def joined(parts: dict[str, Answers]) -> Answers:
@@ -259,6 +275,31 @@ def _reliabilities(cases: Sequence[tuple], weights: np.ndarray) -> list[dict[str
         }
         for name, shares in found.items()
     ]
+
+
+def _by_size(cases: Sequence[tuple]) -> list[dict[str, Any]]:
+    """Calibrate with random validation sets of several sizes, and count again."""
+    rows = []
+    for size in VALIDATION_SIZES:
+        found: dict[str, list[list[float]]] = {"RMS": [], "two quantiles": []}
+        for case, _, more, _ in cases:
+            n = int(more.owner.max()) + 1
+            rng = np.random.default_rng(size)
+            for _ in range(_DRAWS if n > size else 0):
+                known = more.part(rng.choice(n, size, replace=False))
+                score = "spread" if "spread" in case.scores else "last layer"
+                factors = {
+                    "RMS": rms_factor(known, score) * np.array([1, 2]),
+                    "two quantiles": quantile_factors(known, score),
+                }
+                ratios = np.abs(case.errors) / case.scores[score][:, None]
+                for name, pair in factors.items():
+                    found[name].append([float((ratios <= factor).mean()) for factor in pair])
+        for name, shares in found.items():
+            if shares:
+                mean, spread = np.mean(shares, 0).tolist(), np.std(shares, 0).tolist()
+                rows.append({"size": size, "calibration": name, "mean": mean, "spread": spread})
+    return rows
 
 
 def _curves(cases: Sequence[tuple]) -> dict[str, Any]:
