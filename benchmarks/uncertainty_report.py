@@ -31,8 +31,8 @@ Row = Mapping[str, Any]
 
 #: Scores in the order of columns, with the colours of lines.
 SCORES = {
-    "spread": BLUE, "last layer": ORANGE, "combined": GREEN, "charges": RED, "distance": SKY,
-    "random": GREY,
+    "spread": BLUE, "last layer": ORANGE, "combined": GREEN, "charges": RED,
+    "layer × charges": "#CC79A7", "distance": SKY, "random": GREY,
 }  # fmt: skip
 MEMBERS = {1: ("o", ORANGE), 2: ("s", SKY), 4: ("D", BLUE)}
 UNITS = {"energy": "meV", "forces": "meV/Å"}

@@ -110,6 +110,7 @@ def case_of(answers: Answers, chosen: Sequence[int], quantity: str) -> Case:
         scores["spread"] = np.sqrt(values.var(0, ddof=1).mean(-1))
     scores["last layer"] = np.sqrt((rigidity.astype(float) ** 2).mean(0))
     scores["charges"] = own[f"{prefix}charge_error"].astype(float).mean(0)
+    scores["layer × charges"] = scores["last layer"] * scores["charges"]
     scores["distance"] = own[f"{prefix}distance"].mean(0)
     scores["random"] = np.random.default_rng(0).random(len(owner))
     return Case(values.mean(0) - truth, scores, owner)
