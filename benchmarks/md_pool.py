@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import ase.io
@@ -14,36 +15,71 @@ from rich.progress import track
 
 from orbcalc.labels.xtb import make_ase_calculator
 
+__all__ = ["walk"]
+
 #: fs.
 TIMESTEP, FRICTION_TIME = 0.5, 50.0
 #: Steps of each walker before its first structure.
 SETTLE = 40
 
 
-def main() -> None:
-    """Read the command line, run the walkers and write their structures."""
-    options = _options()
-    rng = np.random.default_rng(options.seed)
-    known = list(ase.io.iread(options.start, ":"))
-    starts = rng.permutation(len(known))[: options.walkers]
+def walk(
+    known: Sequence[Atoms],
+    temperature: float,
+    *,
+    walkers: int,
+    samples: int,
+    every: int,
+    seed: int,
+) -> list[Atoms]:
+    """Return structures of GFN1-xTB Langevin dynamics, without labels.
+
+    Parameters
+    ----------
+    known
+        Molecules to start from; the walkers choose at random.
+    temperature
+        K.
+    walkers, samples
+        Trajectories, and structures of each.
+    every
+        Steps between structures.
+    seed
+        Of the choice and the dynamics.
+    """
+    rng = np.random.default_rng(seed)
     found: list[Atoms] = []
-    for start in track(starts.tolist(), description="walkers"):
+    for start in track(rng.permutation(len(known))[:walkers].tolist(), description="walkers"):
         atoms = Atoms(known[start].numbers, known[start].positions)
         atoms.calc = make_ase_calculator("GFN1-xTB", atoms)
-        thermalize_momenta(atoms, options.temperature, rng=rng)
+        thermalize_momenta(atoms, temperature, rng=rng)
         dynamics = Langevin(
             atoms,
             TIMESTEP * units.fs,
-            temperature_K=options.temperature,
+            temperature_K=temperature,
             friction=1 / (FRICTION_TIME * units.fs),
             fixcm=False,
             rng=rng,
         )
         dynamics.run(SETTLE)
-        for _ in range(options.samples):
-            dynamics.run(options.every)
+        for _ in range(samples):
+            dynamics.run(every)
             found.append(Atoms(atoms.numbers, atoms.positions))
-        ase.io.write(options.out, found, format="extxyz")
+    return found
+
+
+def main() -> None:
+    """Read the command line, run the walkers and write their structures."""
+    options = _options()
+    found = walk(
+        list(ase.io.iread(options.start, ":")),
+        options.temperature,
+        walkers=options.walkers,
+        samples=options.samples,
+        every=options.every,
+        seed=options.seed,
+    )
+    ase.io.write(options.out, found, format="extxyz")
 
 
 def _options() -> argparse.Namespace:

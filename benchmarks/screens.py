@@ -1,0 +1,262 @@
+"""Retrospective screens: pools whose labels are all known, certified as `orbcalc run` would.
+
+How many labels does a certificate cost, against random acquisition with the same certificate and
+an oracle that sees all errors, and is it ever false? Every screen is a file; what is done is not
+repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.units import kcal, mol
+from common import machine, read_json, write_json, write_text
+from data_efficiency.sets import Limits, load_set
+from rich.console import Console
+from screen_models import GaussianProcess, Guess, PotentialOnPool, random_features
+from screen_report import figure, table
+
+from orbcalc.active.design import InferenceSetDesign
+from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
+from orbcalc.labels.store import LabelStore
+from orbcalc.properties import REF_ENERGY, XTB_ENERGY
+from orbcalc.structures import structure_key
+
+console = Console(soft_wrap=True, highlight=False)
+
+KCAL_MOL = kcal / mol
+ACCURACY, DELTA = 0.95, 0.05
+#: The tolerance is the error that this share of a pilot pool is within, after training on this
+#: share of it, rounded up to whole kcal/mol. No screen uses structures of the pilot.
+PILOT_HITS, PILOT_LABELLED = 0.9, 0.2
+
+#: From the labelled indices and their energies (eV) to energies and scores of the pool.
+Model = Callable[[np.ndarray, np.ndarray], Guess]
+#: From the pool's place in the set, a folder and a seed to a model that knows no label yet.
+MakeModel = Callable[[np.ndarray, Path, int], Model]
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A set, the models that screen it, and the sizes of the rounds."""
+
+    energies: np.ndarray
+    """(n,) reference energies of the set, eV."""
+    models: dict[str, MakeModel]
+    n_pool: int
+    selection: SelectionConfig
+    with_oracle: bool = True
+    max_rounds: int = 30
+
+
+# --------------------------------------------------------------------------------- sets
+def labelled_qm9(data: Path, store: Path, max_atoms: int | None) -> list[Atoms]:
+    """Return the molecules of QM9 that a store has GFN1-xTB labels of, with both labels."""
+    labels = LabelStore(store, create=False)
+    found = load_set(data, "qm9", Limits(pool=12_000, test=2_000))
+    energies = {
+        structure_key(atoms): atoms.info[REF_ENERGY]
+        for atoms in (*found.pool, *found.valid, *found.test)
+        if max_atoms is None or len(atoms) <= max_atoms
+    }
+    keys = sorted({*energies} & {*labels.keys("charges", "ok")})
+    structures = labels.labelled_atoms(keys)
+    for key, atoms in zip(keys, structures, strict=True):
+        atoms.info[REF_ENERGY] = energies[key]
+    return structures
+
+
+def gaussian_processes(
+    structures: Sequence[Atoms], n_pool: int, selection: SelectionConfig
+) -> Screen:
+    """Screen with a Gaussian process, on top of GFN1-xTB energies where all have one."""
+    counts, features = random_features(structures)
+    baseline = np.array([atoms.info.get(XTB_ENERGY, np.nan) for atoms in structures])
+    if not np.isfinite(baseline).all():
+        baseline = np.zeros(len(structures))
+
+    def make(pool: np.ndarray, _folder: Path, _seed: int) -> Model:
+        return GaussianProcess(counts[pool], features[pool], baseline[pool])
+
+    return Screen(_energies(structures), {"Gaussian process": make}, n_pool, selection)
+
+
+def potentials(
+    structures: Sequence[Atoms], n_pool: int, selection: SelectionConfig, steps: int
+) -> Screen:
+    """Screen with potentials, with and without the cheap labels of the whole pool."""
+    bare = [atoms.copy() for atoms in structures]
+    for atoms in bare:
+        del atoms.info[REF_ENERGY]
+
+    def make(cheap: bool, pool: np.ndarray, folder: Path, seed: int) -> Model:
+        own = [bare[i] for i in pool]
+        return PotentialOnPool(own, folder, cheap=cheap, steps=steps, seed=seed)
+
+    models = {"cheap labels": partial(make, True), "no cheap labels": partial(make, False)}
+    return Screen(_energies(structures), models, n_pool, selection, with_oracle=False)
+
+
+def _energies(structures: Sequence[Atoms]) -> np.ndarray:
+    return np.array([atoms.info[REF_ENERGY] for atoms in structures])
+
+
+def load_screen(name: str, options: argparse.Namespace) -> Screen:
+    """Read a set and say how it is screened."""
+    sizes = SelectionConfig(initial=200, batch=150, audit=200, diversity=1)  # best on the pilot
+    if name == "hydroform22":
+        found = load_set(options.data, name, Limits(pool=10_000, test=10_000))
+        return gaussian_processes([*found.pool, *found.valid, *found.test], 2000, sizes)
+    if name == "qm9":
+        return gaussian_processes(labelled_qm9(options.data, options.labels, None), 2000, sizes)
+    sizes = SelectionConfig(initial=60, batch=40, audit=60, diversity=1)
+    small = labelled_qm9(options.data, options.labels, 14)
+    return potentials(small, options.pool, sizes, options.steps)
+
+
+# ------------------------------------------------------------------------------- screens
+def run(
+    screen: Screen, model: Model, pool: np.ndarray, method: str, tolerance: float, seed: int
+) -> dict[str, Any]:
+    """Let a design label a pool; what it came to, and whether its certificate is true."""
+    truth = screen.energies[pool]
+    design = InferenceSetDesign(
+        len(pool),
+        selection=screen.selection.model_copy(update={"method": method}),
+        certificate=CertificateConfig(
+            quantity="energy", tolerance=tolerance, accuracy=ACCURACY, delta=DELTA
+        ),
+        stop=StopConfig(max_rounds=screen.max_rounds),
+        seed=seed,
+    )
+    guess = np.full(len(pool), np.nan), np.full(len(pool), np.nan)
+    looks = []
+    while not design.is_done:
+        if design.awaits_model:
+            guess = model(design.labelled, truth[design.labelled])
+        indices = design.ask(*guess)
+        look = design.tell(indices, truth[indices])
+        if look is not None:
+            right = np.abs(guess[0] - truth) <= tolerance
+            right[design.labelled] = True
+            looks.append(
+                {
+                    "labels": len(design.labelled),
+                    "accuracy": float(right.mean()),
+                    "bound": look.accuracy_bound,
+                }
+            )
+    certified = design.looks[-1].certified
+    return {
+        "reason": design.certificate.reason,
+        "certified": certified,
+        "false": certified and looks[-1]["accuracy"] < ACCURACY,
+        "labels": looks[-1]["labels"] if certified else len(pool),
+        "looks": looks,
+    }
+
+
+def oracle(
+    screen: Screen, model: Model, pool: np.ndarray, tolerance: float, seed: int
+) -> dict[str, Any]:
+    """Count the labels of one who sees all errors, labels the worst, and stops when it is true."""
+    truth, sizes = screen.energies[pool], screen.selection
+    is_open = np.ones(len(pool), dtype=bool)
+    is_open[np.random.default_rng(seed).permutation(len(pool))[: sizes.initial]] = False
+    while is_open.any():
+        known = np.flatnonzero(~is_open)
+        errors = np.nan_to_num(np.abs(model(known, truth[known])[0] - truth), nan=np.inf)
+        errors[~is_open] = 0.0
+        excess = int((errors > tolerance).sum() - np.floor((1 - ACCURACY) * len(pool) + 1e-9))
+        if excess <= sizes.batch + sizes.audit:
+            return {"labels": len(known) + max(excess, 0)}
+        is_open[np.argsort(-errors)[: sizes.batch + sizes.audit]] = False
+    return {"labels": len(pool)}
+
+
+def pilot(screen: Screen, order: np.ndarray, folder: Path) -> dict[str, Any]:
+    """Choose the tolerance, by the rule, with the first of the models."""
+    pool, known = order[: screen.n_pool], np.arange(round(PILOT_LABELLED * screen.n_pool))
+    truth = screen.energies[pool]
+    make = next(iter(screen.models.values()))
+    guess, _ = make(pool, folder, 0)(known, truth[known])
+    errors = np.delete(np.abs(guess - truth), known) / KCAL_MOL
+    return {
+        "kcal_mol": int(np.ceil(np.quantile(errors, PILOT_HITS))),
+        "mae_kcal_mol": float(errors.mean()),
+        "within_1_kcal_mol": float((errors <= 1).mean()),
+    }
+
+
+def perform(name: str, options: argparse.Namespace) -> None:
+    """Do all screens of a set that are not done."""
+    folder = options.out / name
+    (folder / "screens").mkdir(parents=True, exist_ok=True)
+    screen = load_screen(name, options)
+    order = np.random.default_rng(0).permutation(len(screen.energies))
+    if not (folder / "pilot.json").exists():
+        found = {"pool": screen.n_pool, **pilot(screen, order, folder / "models" / "pilot")}
+        write_json(folder / "pilot.json", found)
+        console.print(f"{name}: {found}")
+    rule = read_json(folder / "pilot.json")["kcal_mol"]
+    for seed in range(options.first, options.first + options.screens):
+        others = np.sort(order[screen.n_pool :])
+        pool = np.random.default_rng([seed, 1]).choice(others, screen.n_pool, replace=False)
+        for tolerance in options.tolerances or [rule]:
+            for arm in options.models or screen.models:
+                for method in options.methods:
+                    label = arm.replace(" ", "-")
+                    path = folder / "screens" / f"{label}_{method}_{tolerance:g}_{seed}.json"
+                    if path.exists() or (method == "oracle" and not screen.with_oracle):
+                        continue
+                    model = screen.models[arm](pool, folder / "models" / str(seed), seed)
+                    limit = tolerance * KCAL_MOL
+                    if method == "oracle":
+                        result = oracle(screen, model, pool, limit, seed)
+                    else:
+                        result = run(screen, model, pool, method, limit, seed)
+                    terms = {"model": arm, "method": method, "kcal_mol": tolerance, "seed": seed}
+                    write_json(path, {**terms, "pool": len(pool), **result})
+
+
+def main() -> None:
+    """Read the command line, do what is not done, and report on all that is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the sets")
+    parser.add_argument("--labels", type=Path, help="store with GFN1-xTB labels of QM9")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--set", choices=["qm9", "qm9-potential", "hydroform22"])
+    parser.add_argument("--screens", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first screen")
+    parser.add_argument("--tolerances", type=float, nargs="*", help="kcal/mol; default: the rule")
+    parser.add_argument("--models", nargs="*", help="of qm9-potential; default: both")
+    parser.add_argument("--methods", nargs="+", default=["uncertainty", "random", "oracle"])
+    parser.add_argument("--pool", type=int, default=600, help="molecules, of qm9-potential")
+    parser.add_argument("--steps", type=int, default=500, help="of each training of a potential")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.set:
+        perform(options.set, options)
+    result: dict[str, Any] = {"machine": machine(options.threads), "sets": {}}
+    for path in sorted(options.out.glob("*/pilot.json")):
+        files = sorted((path.parent / "screens").glob("*.json"))
+        result["sets"][path.parent.name] = {
+            "pilot": read_json(path),
+            "screens": [read_json(file) for file in files],
+        }
+    write_json(options.out / "screens.json", result)
+    write_text(options.out / "screens.md", table(result))
+    (options.out / "screens.png").write_bytes(figure(result))
+
+
+if __name__ == "__main__":
+    main()
