@@ -23,7 +23,7 @@ __all__ = ["GROUPS", "Answers", "judge"]
 #: Which of the members are one predictor, by their number.
 GROUPS = {1: ((0,), (1,), (2,), (3,)), 2: ((0, 1), (2, 3)), 4: ((0, 1, 2, 3),)}
 #: Of Gaussian errors within one and two standard deviations.
-SHARES = (0.6827, 0.9545)
+SHARES = (0.6827, 0.95)
 #: Structures of random validation sets, and how many of those are drawn.
 VALIDATION_SIZES, _DRAWS = (25, 50, 100, 200, 400), 50
 
@@ -118,12 +118,12 @@ def case_of(answers: Answers, chosen: Sequence[int], quantity: str) -> Case:
 
 # -------------------------------------------------------------------------- calibrations
 def rms_factor(case: Case, score: str) -> float:
-    """Return the factor of the package for forces: RMS of the errors over that of the score."""
+    """Return the RMS of the errors over that of the score."""
     return float(np.sqrt((case.errors**2).mean() / (case.scores[score] ** 2).mean()))
 
 
 def quantile_factors(case: Case, score: str) -> tuple[float, float]:
-    """Return the factors within which 68.3 and 95.4 % of the errors are (split conformal)."""
+    """Return the factors within which 68.3 and 95 % of the errors are (split conformal)."""
     ratios = (np.abs(case.errors) / case.scores[score][:, None]).ravel()
     n = len(ratios)
     ranks = [min((n + 1) * share / n, 1.0) for share in SHARES]
@@ -190,7 +190,8 @@ def judge(runs: Sequence[tuple[dict[str, Answers], dict]], forces: bool) -> dict
                 valid = case_of(parts["valid"], chosen, quantity)
                 more = case_of(joined(parts), chosen, quantity)
                 case = with_combination(case_of(parts[part], chosen, quantity), valid)
-                cases.append((case, valid, more, factors[str(chosen)][quantity]))
+                own = factors[str(chosen)]
+                cases.append((case, valid, more, (own[quantity], own[f"{quantity}_95"])))
         weights = bootstrap_weights(len(runs[0][0][part].n_atoms))
         ranks += [{**terms, **row} for row in _ranks([c[0] for c in cases], weights)]
         reliabilities += [{**terms, **row} for row in _reliabilities(cases, weights)]
@@ -246,22 +247,21 @@ def _with_interval(values: np.ndarray) -> list[float]:
 
 
 def _reliabilities(cases: Sequence[tuple], weights: np.ndarray) -> list[dict[str, Any]]:
-    """Count errors within one and two standard deviations, by several calibrations."""
+    """Count errors within the limits of 68 and 95 %, by several calibrations."""
     found: dict[str, list[list[np.ndarray]]] = {}
-    for case, valid, more, factor in cases:
-        score = "spread" if "spread" in case.scores else "last layer"
-        values = case.scores[score]
-        limits = {"package": (factor * values, 2 * factor * values)}
-        rms = rms_factor(more, score) * values
-        limits["RMS, more"] = rms, 2 * rms
-        for name, known in (("", valid), (", more", more)):
-            first, second = quantile_factors(known, score)
-            mixed = mixture(case, likeliest_mixture(known))
-            limits |= {
-                f"68 % quantile{name}": (first * values, 2 * first * values),
-                f"two quantiles{name}": (first * values, second * values),
-                f"mixture{name}": (mixed, 2 * mixed),
-            }
+    for case, valid, _, (first, second) in cases:
+        values = case.scores["last layer"]
+        limits = {"package": (first * values, second * values)}
+        for score in ("last layer", "spread"):
+            if score not in case.scores:
+                continue
+            own_values, rms = case.scores[score], rms_factor(valid, score)
+            limits[f"{score}, RMS"] = rms * own_values, 2 * rms * own_values
+        if "spread" in case.scores:
+            factors = quantile_factors(valid, "spread")
+            limits["spread, quantiles"] = tuple(f * case.scores["spread"] for f in factors)
+        mixed = mixture(case, likeliest_mixture(valid))
+        limits["mixture"] = mixed, 2 * mixed
         width = case.errors.shape[1]
         own = np.vstack([np.ones(len(case.owner)), weights[:, case.owner]]).repeat(width, 1)
         for name, pair in limits.items():
@@ -288,7 +288,7 @@ def _by_size(cases: Sequence[tuple]) -> list[dict[str, Any]]:
             rng = np.random.default_rng(size)
             for _ in range(_DRAWS if n > size else 0):
                 known = more.part(rng.choice(n, size, replace=False))
-                score = "spread" if "spread" in case.scores else "last layer"
+                score = "last layer"
                 factors = {
                     "RMS": rms_factor(known, score) * np.array([1, 2]),
                     "two quantiles": quantile_factors(known, score),
@@ -308,13 +308,12 @@ def _curves(cases: Sequence[tuple]) -> dict[str, Any]:
     grid = np.linspace(0.02, 1, 50)
     lines: dict[str, list[np.ndarray]] = {}
     bins: dict[str, list[np.ndarray]] = {}
-    for case, valid, _, factor in cases:
+    for case, valid, _, (first, _) in cases:
         sizes = case.sizes
         for name, values in {**case.scores, "oracle": sizes}.items():
             at = np.arange(1, len(sizes) + 1) / len(sizes)
             lines.setdefault(name, []).append(np.interp(grid, at, sparsification(values, sizes)))
-        score = "spread" if "spread" in case.scores else "last layer"
-        kinds = {"package": factor * case.scores[score]}
+        kinds = {"package": first * case.scores["last layer"]}
         kinds["mixture"] = mixture(case, likeliest_mixture(valid))
         for name, sigma in kinds.items():
             groups = np.array_split(np.argsort(sigma), 10)
