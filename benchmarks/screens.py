@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.units import kcal, mol
-from common import machine, read_json, write_json, write_text
+from common import machine
 from data_efficiency.sets import Limits, load_set
 from rich.console import Console
 from screen_models import GaussianProcess, Guess, PotentialOnPool, random_features
@@ -26,6 +26,7 @@ from screen_report import figure, table
 
 from orbcalc.active.design import InferenceSetDesign
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
+from orbcalc.files import read_json, write_json, write_text
 from orbcalc.labels.store import LabelStore
 from orbcalc.properties import REF_ENERGY, XTB_ENERGY
 from orbcalc.structures import structure_key

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase import Atoms
-from common import machine, read_json, write_json, write_text
+from common import machine
 from ranking import nearest_distances
 from rich.console import Console
 from torch import Tensor
@@ -25,6 +25,7 @@ from uncertainty_sets import PROBLEMS, Problem, Source, label
 
 from orbcalc.active.folder import write_structures
 from orbcalc.config import TrainConfig, parse_config
+from orbcalc.files import read_json, write_json, write_text
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
