@@ -22,9 +22,12 @@ from orbcalc.report.style import (
     text_style,
 )
 
-__all__ = ["figure", "summarise", "table"]
+__all__ = ["ACCURACY", "DELTA", "figure", "summarise", "table"]
 
 Row = Mapping[str, Any]
+
+#: Share of the pool that is to be right, and the risk, of every screen.
+ACCURACY, DELTA = 0.95, 0.05
 
 METHODS = {"uncertainty": BLUE, "random": ORANGE}
 
@@ -39,7 +42,7 @@ def summarise(screens: Sequence[Row]) -> list[dict[str, Any]]:
         key = screen["model"], screen["kcal_mol"], screen["method"]
         by_terms.setdefault(key, {})[screen["seed"]] = screen
     rows = []
-    for (model, tolerance, method), own in by_terms.items():
+    for (model, tolerance, method), own in sorted(by_terms.items()):
         shares = np.array([screen["labels"] / screen["pool"] for screen in own.values()])
         row = {
             "model": model,
@@ -53,6 +56,7 @@ def summarise(screens: Sequence[Row]) -> list[dict[str, Any]]:
             false = sum(screen["false"] for screen in own.values())
             certified = sum(screen["certified"] for screen in own.values())
             row |= {"certified": certified, "false": false}
+            row["met"] = float(np.mean([_met(screen) for screen in own.values()]))
             row["false_interval"] = interval(false, len(own))
         for other in ("random", "oracle"):
             known = by_terms.get((model, tolerance, other), {})
@@ -64,6 +68,12 @@ def summarise(screens: Sequence[Row]) -> list[dict[str, Any]]:
                 row[f"with_{other}"] = len(both)
         rows.append(row)
     return rows
+
+
+def _met(screen: Row) -> float:
+    """Return the share labelled at the first look at which the target was met, proved or not."""
+    target = [look["labels"] for look in screen["looks"] if look["accuracy"] >= ACCURACY]
+    return float((target or [screen["pool"]])[0] / screen["pool"])
 
 
 def table(result: Row) -> str:
@@ -79,8 +89,8 @@ def table(result: Row) -> str:
             f"{100 * pilot['within_1_kcal_mol']:.0f} % within 1 kcal/mol.",
             "",
             "| model | kcal/mol | acquisition | screens | certified | false (95 % interval) "
-            "| labelled, % | / random | more than random | / oracle |",
-            "|" + "---|" * 10,
+            "| target met at, % | labelled, % | / random | more than random | / oracle |",
+            "|" + "---|" * 11,
         ]
         lines += [_line(row) for row in summarise(found["screens"])] + [""]
     return "\n".join(lines)
@@ -100,6 +110,7 @@ def _line(row: Row) -> str:
         row["screens"],
         row.get("certified", ""),
         false,
+        f"{100 * row['met']:.1f}" if "met" in row else "",
         f"{100 * row['labelled']:.1f}{spread}",
         f"{row['of_random']:.2f}" if "of_random" in row else "",
         more,

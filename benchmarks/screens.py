@@ -22,7 +22,7 @@ from common import machine
 from data_efficiency.sets import Limits, load_set
 from rich.console import Console
 from screen_models import GaussianProcess, Guess, PotentialOnPool, random_features
-from screen_report import figure, table
+from screen_report import ACCURACY, DELTA, figure, table
 
 from orbcalc.active.design import InferenceSetDesign
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
@@ -34,7 +34,6 @@ from orbcalc.structures import structure_key
 console = Console(soft_wrap=True, highlight=False)
 
 KCAL_MOL = kcal / mol
-ACCURACY, DELTA = 0.95, 0.05
 #: The tolerance is the error that this share of a pilot pool is within, after training on this
 #: share of it, rounded up to whole kcal/mol. No screen uses structures of the pilot.
 PILOT_HITS, PILOT_LABELLED = 0.9, 0.2

@@ -98,7 +98,7 @@ def _size_table(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     title = (
-        "Shares within one and two standard deviations, %, mean ± standard deviation over random "
+        "Shares within the limits of 68 and 95 %, in %, mean ± standard deviation over random "
         "validation sets of so many structures:"
     )
     lines = [
@@ -230,7 +230,7 @@ def _shares(problem: Row, quantity: str) -> list[Row]:
     return [
         row
         for row in problem["reliability"]
-        if row["quantity"] == quantity and row["calibration"] in ("package", "mixture")
+        if row["quantity"] == quantity and row["calibration"] in ("package", "last layer, RMS")
     ]
 
 
@@ -252,7 +252,10 @@ def _draw_shares(panels: Sequence[Axes], problems: Sequence[tuple[str, Row, str]
             )
             place += 1
     for axes, (low, high), title in zip(
-        panels, ((65, 71), (93, 97)), ("within one σ, %", "within two σ, %"), strict=True
+        panels,
+        ((65, 71), (93, 97)),
+        ("within one σ, %", "within the 95 % interval, %"),
+        strict=True,
     ):
         axes.axvspan(low, high, color=GREEN, alpha=0.15, lw=0)
         style_axes(axes)
