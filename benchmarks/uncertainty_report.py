@@ -72,7 +72,7 @@ def _rank_table(rows: Sequence[Row], statistic: str, title: str) -> list[str]:
 def _reliability_table(rows: Sequence[Row]) -> list[str]:
     names = list(dict.fromkeys(row["calibration"] for row in rows))
     lines = [
-        "Share of errors within one and two standard deviations, % (package: with 95 % interval):",
+        "Share of errors within the limits of 68 and 95 %, in % (package: with 95 % interval):",
         "",
     ]
     lines.append("| part | quantity | members | " + " | ".join(names) + " |")
