@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ranking import nearest_distances
 from rich.console import Console
 from torch import Tensor
 from uncertainty_report import figures, table
-from uncertainty_scores import Answers, judge
+from uncertainty_scores import GROUPS, Answers, judge
 from uncertainty_sets import PROBLEMS, Problem, Source, label
 
 from orbcalc.active.folder import write_structures
@@ -166,8 +167,8 @@ def factors_of(members: Sequence[Committee], problem: Problem) -> dict[str, dict
     """Calibrate one, pairs and all of the members with the package; factors by their numbers."""
     cutoff = members[0].cutoff
     sets = LabelDataset(problem.train, cutoff), LabelDataset(problem.valid, cutoff)
-    found = {str((k,)): asdict(member.calibration) for k, member in enumerate(members)}
-    for chosen in ((0, 1), (2, 3), tuple(range(MEMBERS))):
+    found = {}
+    for chosen in chain(*GROUPS.values()):
         committee = Committee([members[k].first for k in chosen])
         found[str(chosen)] = asdict(calibrate(committee, *sets).calibration)
     return found

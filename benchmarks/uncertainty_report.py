@@ -78,17 +78,18 @@ def _reliability_table(rows: Sequence[Row]) -> list[str]:
     lines.append("| part | quantity | members | " + " | ".join(names) + " |")
     lines.append("|" + "---|" * (3 + len(names)))
     for case in _cases(rows):
-        own = {row["calibration"]: row for row in rows if _is(row, case)}
-        cells = []
-        for name in names:
-            pair = [own[name][key] for key in ("within_1", "within_2")]
-            texts = [
-                _interval(p, 100, 0) if name == "package" else f"{100 * p[0]:.0f}" for p in pair
-            ]
-            cells.append(" / ".join(texts))
+        cells = dict.fromkeys(names, "")
+        for row in rows:
+            if _is(row, case):
+                cells[row["calibration"]] = " / ".join(
+                    _interval(row[key], 100, 0)
+                    if row["calibration"] == "package"
+                    else f"{100 * row[key][0]:.0f}"
+                    for key in ("within_1", "within_2")
+                )
         lines.append(
             f"| {case['part']} | {case['quantity']} | {case['members']} | "
-            + " | ".join(cells)
+            + " | ".join(cells.values())
             + " |"
         )
     return [*lines, ""]
