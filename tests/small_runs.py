@@ -73,6 +73,7 @@ def run_data(pool: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = {
         "output": str(output),
         "seed": 1,
+        "committee": 2,
         "device": "cpu",
         "pool": {"structures": str(pool)},
         "labels": {"chunk_s": 0.05},
