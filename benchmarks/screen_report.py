@@ -154,7 +154,7 @@ def _draw(axes: Axes, screens: Sequence[Row]) -> None:
     if ends:
         axes.axvline(100 * float(np.mean(ends)), color=GREY, ls=":", lw=1.4, label="oracle, mean")
     axes.axhline(95, color=GREEN, lw=1.2, label="asked for")
-    axes.set(xlim=(0, 100), ylim=(60, 100.5))
+    axes.set(xlim=(0, 100), ylim=(50, 100.5))
     style_axes(axes)
     axes.set_xlabel("labelled share of the pool, audits included, %", **text_style())
     axes.set_ylabel("labelled or within tolerance, %", **text_style())

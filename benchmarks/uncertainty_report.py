@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from orbcalc.report.style import (
     BLUE,
+    FONT,
     GREEN,
     GREY,
     INK,
@@ -18,7 +19,6 @@ from orbcalc.report.style import (
     SKY,
     new_figure,
     png,
-    set_legend,
     set_log,
     set_title,
     style_axes,
@@ -161,7 +161,11 @@ def figures(result: Row) -> dict[str, bytes]:
             set_title(place, f"{name}, {quantity}")
         for place in axes[len(panels) :]:
             place.set_visible(False)
-        set_legend(axes[0], "best")
+        handles, labels = axes[0].get_legend_handles_labels()
+        style = {"family": FONT, "size": 8.5}
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=8, prop=style, frameon=False
+        )
         drawn[title] = png(figure)
     figure = new_figure(0.32 * sum(len(_shares(p, q)) for _, p, q in panels) + 1.4)
     _draw_shares(figure.subplots(1, 2, sharey=True), panels)
@@ -180,7 +184,7 @@ def _draw_ranks(axes: Axes, problem: Row, quantity: str) -> None:
             ls="none", ms=5, lw=1.2, label=f"{members} member{'s' * (members > 1)}",
         )  # fmt: skip
     axes.axhline(0, color=GREY, lw=0.8)
-    axes.set_xticks(range(len(SCORES)), list(SCORES), rotation=25)
+    axes.set_xticks(range(len(SCORES)), list(SCORES), rotation=35, ha="right")
     axes.set_ylabel("Spearman ρ with |error|", **text_style())
 
 
