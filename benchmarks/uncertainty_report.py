@@ -209,7 +209,7 @@ def _draw_bins(axes: Axes, problem: Row, quantity: str) -> None:
         for part in parts:
             case = {"part": part, "quantity": quantity, "members": members}
             (curves,) = (row for row in problem["curves"] if _is(row, case))
-            points = 1e3 * np.array(curves["bins"]["package"])
+            points = 1e3 * np.array(curves["bins"])
             everything.append(points)
             same = part == "same"
             axes.plot(

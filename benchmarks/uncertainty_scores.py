@@ -22,7 +22,7 @@ __all__ = ["GROUPS", "Answers", "judge"]
 
 #: Which of the members are one predictor, by their number.
 GROUPS = {1: ((0,), (1,), (2,), (3,)), 2: ((0, 1), (2, 3)), 4: ((0, 1, 2, 3),)}
-#: Of Gaussian errors within one and two standard deviations.
+#: Of the errors within the two limits.
 SHARES = (0.6827, 0.95)
 #: Structures of random validation sets, and how many of those are drawn.
 VALIDATION_SIZES, _DRAWS = (25, 50, 100, 200, 400), 50
@@ -272,7 +272,6 @@ def _reliabilities(cases: Sequence[tuple], weights: np.ndarray) -> list[dict[str
             "calibration": name,
             "within_1": _with_interval(np.mean([s[0] for s in shares], 0)),
             "within_2": _with_interval(np.mean([s[1] for s in shares], 0)),
-            "spread_of_within_1": float(np.std([s[0][0] for s in shares])),
         }
         for name, shares in found.items()
     ]
@@ -288,12 +287,11 @@ def _by_size(cases: Sequence[tuple]) -> list[dict[str, Any]]:
             rng = np.random.default_rng(size)
             for _ in range(_DRAWS if n > size else 0):
                 known = more.part(rng.choice(n, size, replace=False))
-                score = "last layer"
                 factors = {
-                    "RMS": rms_factor(known, score) * np.array([1, 2]),
-                    "two quantiles": quantile_factors(known, score),
+                    "RMS": rms_factor(known, "last layer") * np.array([1, 2]),
+                    "two quantiles": quantile_factors(known, "last layer"),
                 }
-                ratios = np.abs(case.errors) / case.scores[score][:, None]
+                ratios = np.abs(case.errors) / case.scores["last layer"][:, None]
                 for name, pair in factors.items():
                     found[name].append([float((ratios <= factor).mean()) for factor in pair])
         for name, shares in found.items():
@@ -307,22 +305,19 @@ def _curves(cases: Sequence[tuple]) -> dict[str, Any]:
     """Return what the figures draw: sparsification, and errors against uncertainties."""
     grid = np.linspace(0.02, 1, 50)
     lines: dict[str, list[np.ndarray]] = {}
-    bins: dict[str, list[np.ndarray]] = {}
-    for case, valid, _, (first, _) in cases:
+    bins: list[np.ndarray] = []
+    for case, _, _, (first, _) in cases:
         sizes = case.sizes
         for name, values in {**case.scores, "oracle": sizes}.items():
             at = np.arange(1, len(sizes) + 1) / len(sizes)
             lines.setdefault(name, []).append(np.interp(grid, at, sparsification(values, sizes)))
-        kinds = {"package": first * case.scores["last layer"]}
-        kinds["mixture"] = mixture(case, likeliest_mixture(valid))
-        for name, sigma in kinds.items():
-            groups = np.array_split(np.argsort(sigma), 10)
-            rms = [[_rms(sigma[g]), _rms(case.errors[g])] for g in groups]
-            bins.setdefault(name, []).append(np.array(rms))
+        sigma = first * case.scores["last layer"]
+        groups = np.array_split(np.argsort(sigma), 10)
+        bins.append(np.array([[_rms(sigma[g]), _rms(case.errors[g])] for g in groups]))
     return {
         "kept": grid.tolist(),
         "sparsification": {name: np.mean(rows, 0).tolist() for name, rows in lines.items()},
-        "bins": {name: np.mean(rows, 0).tolist() for name, rows in bins.items()},
+        "bins": np.mean(bins, 0).tolist(),
     }
 
 
