@@ -43,6 +43,13 @@ PREDICTED = {
     *("energy_uncertainty", "forces_uncertainty", "energy_interval_95", "forces_interval_95"),
 }
 
+#: What a property is read off, where the model computes it under another name.
+_NEEDED = {
+    "orbital_charges": "charges",
+    "forces_uncertainty": "forces",
+    "forces_interval_95": "forces",
+}
+
 
 class OrbcalcCalculator(Calculator):
     """ASE calculator around a model file.
@@ -131,11 +138,7 @@ class OrbcalcCalculator(Calculator):
         assert current is not None
         graph = self._updated_graph(current)
         self._refuse_impossible(graph, properties)
-        wanted = set(properties) & {"forces", "stress", "charges"}
-        if "orbital_charges" in properties:
-            wanted.add("charges")
-        if not {"forces_uncertainty", "forces_interval_95"}.isdisjoint(properties):
-            wanted.add("forces")
+        wanted = {_NEEDED.get(name, name) for name in properties} & {"forces", "stress", "charges"}
         prediction = self.model(graph.to(self._device), sorted(wanted))
         (found,) = _results(prediction, graph, self.model, properties)
         self.results = found if system_changes else {**self.results, **found}
@@ -214,12 +217,7 @@ def predict(
     _refuse_unlearned(committee, properties)
     atoms_list = [_as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
-    needed = {
-        "orbital_charges": "charges",
-        "forces_uncertainty": "forces",
-        "forces_interval_95": "forces",
-    }
-    wanted = {needed.get(name, name) for name in properties}
+    wanted = {_NEEDED.get(name, name) for name in properties}
     for batch in _batches(atoms_list, committee, on_error):
         joined = AtomGraph.batch([item.graph for item in batch])
         prediction = committee(joined.to(committee.first.element_index.device), sorted(wanted))
