@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,6 @@ from ranking import (
     sparsification_area,
     spearman,
 )
-from scipy.optimize import minimize
 
 __all__ = ["GROUPS", "Answers", "judge"]
 
@@ -26,6 +25,10 @@ GROUPS = {1: ((0,), (1,), (2,), (3,)), 2: ((0, 1), (2, 3)), 4: ((0, 1, 2, 3),)}
 SHARES = (0.6827, 0.95)
 #: Structures of random validation sets, and how many of those are drawn.
 VALIDATION_SIZES, _DRAWS = (25, 50, 100, 200, 400), 50
+
+
+#: The package's calibration, as a mapping, of each choice of members.
+Calibrations = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ class Case:
         return Case(self.errors[own], scores, self.owner[own])
 
 
-def case_of(answers: Answers, chosen: Sequence[int], quantity: str) -> Case:
+def case_of(
+    answers: Answers, chosen: Sequence[int], quantity: str, calibrations: Calibrations
+) -> Case:
     """Let some members predict a part."""
     own = {name: values[list(chosen)] for name, values in answers.members.items()}
     n_structures = len(answers.n_atoms)
@@ -108,7 +113,10 @@ def case_of(answers: Answers, chosen: Sequence[int], quantity: str) -> Case:
     scores = {}
     if len(chosen) > 1:
         scores["spread"] = np.sqrt(values.var(0, ddof=1).mean(-1))
-    scores["last layer"] = np.sqrt((rigidity.astype(float) ** 2).mean(0))
+    scores["last layer"] = rigidity.astype(float).mean(0)
+    if len(chosen) > 1:
+        weight = calibrations[str(tuple(chosen))][f"{quantity}_spread_weight"]
+        scores["combined"] = np.hypot(scores["last layer"], weight * scores["spread"])
     scores["charges"] = own[f"{prefix}charge_error"].astype(float).mean(0)
     scores["layer × charges"] = scores["last layer"] * scores["charges"]
     scores["distance"] = own[f"{prefix}distance"].mean(0)
@@ -128,43 +136,6 @@ def quantile_factors(case: Case, score: str) -> tuple[float, float]:
     n = len(ratios)
     ranks = [min((n + 1) * share / n, 1.0) for share in SHARES]
     return tuple(float(q) for q in np.quantile(ratios, ranks, method="higher"))
-
-
-def likeliest_mixture(case: Case) -> np.ndarray:
-    """Return the weights of squared scores with which Gaussian errors are the likeliest.
-
-    Those of the spread and of the last layer (or of that alone), and a constant.
-    """
-    columns = _squares(case)
-    scale = (case.errors**2).mean() / columns.mean(0)
-    squared = (case.errors**2).mean(1)
-
-    def loss(logs: np.ndarray) -> float:
-        variance = columns @ (np.exp(logs) * scale)
-        return float((np.log(variance) + squared / variance).mean())
-
-    start = np.full(columns.shape[1], -1.0)
-    found = minimize(loss, start, method="L-BFGS-B", bounds=[(-12, 3)] * len(start))
-    return np.exp(found.x) * scale
-
-
-def mixture(case: Case, weights: np.ndarray) -> np.ndarray:
-    """Return standard deviations by such weights."""
-    return np.sqrt(_squares(case) @ weights)
-
-
-def _squares(case: Case) -> np.ndarray:
-    names = [name for name in ("spread", "last layer") if name in case.scores]
-    columns = [case.scores[name] ** 2 for name in names]
-    return np.column_stack([*columns, np.ones(len(case.owner))])
-
-
-def with_combination(case: Case, valid: Case) -> Case:
-    """Add the combination of spread and last layer, weighed by validation errors."""
-    if "spread" not in case.scores:
-        return case
-    combined = mixture(case, likeliest_mixture(valid))
-    return Case(case.errors, {**case.scores, "combined": combined}, case.owner)
 
 
 # --------------------------------------------------------------------------------- judge
@@ -187,9 +158,10 @@ def judge(runs: Sequence[tuple[dict[str, Answers], dict]], forces: bool) -> dict
         cases = []
         for parts, factors in runs:
             for chosen in GROUPS[n_members]:
-                valid = case_of(parts["valid"], chosen, quantity)
-                more = case_of(joined(parts), chosen, quantity)
-                case = with_combination(case_of(parts[part], chosen, quantity), valid)
+                case, valid, more = (
+                    case_of(answers, chosen, quantity, factors)
+                    for answers in (parts[part], parts["valid"], joined(parts))
+                )
                 own = factors[str(chosen)]
                 cases.append((case, valid, more, (own[quantity], own[f"{quantity}_95"])))
         weights = bootstrap_weights(len(runs[0][0][part].n_atoms))
@@ -250,7 +222,7 @@ def _reliabilities(cases: Sequence[tuple], weights: np.ndarray) -> list[dict[str
     """Count errors within the limits of 68 and 95 %, by several calibrations."""
     found: dict[str, list[list[np.ndarray]]] = {}
     for case, valid, _, (first, second) in cases:
-        values = case.scores["last layer"]
+        values = case.scores.get("combined", case.scores["last layer"])
         limits = {"package": (first * values, second * values)}
         for score in ("last layer", "spread"):
             if score not in case.scores:
@@ -260,8 +232,6 @@ def _reliabilities(cases: Sequence[tuple], weights: np.ndarray) -> list[dict[str
         if "spread" in case.scores:
             factors = quantile_factors(valid, "spread")
             limits["spread, quantiles"] = tuple(f * case.scores["spread"] for f in factors)
-        mixed = mixture(case, likeliest_mixture(valid))
-        limits["mixture"] = mixed, 2 * mixed
         width = case.errors.shape[1]
         own = np.vstack([np.ones(len(case.owner)), weights[:, case.owner]]).repeat(width, 1)
         for name, pair in limits.items():

@@ -70,7 +70,8 @@ def predicted(model: Model, structures: Sequence[Atoms]) -> list[dict[str, Array
     -------
     list of dict
         The fields of `Prediction` (or `CommitteePrediction`) that are not None, as arrays
-        without the axis of structures. ``interaction`` is the energy (eV) without the reference
+        without the axis of structures. Rigidities are left out: uncertainties are what they are
+        scaled to. ``interaction`` is the energy (eV) without the reference
         energies of the atoms.
     """
     graph = AtomGraph.batch(
@@ -83,7 +84,7 @@ def predicted(model: Model, structures: Sequence[Atoms]) -> list[dict[str, Array
     results: list[dict[str, Array]] = [{} for _ in structures]
     for field in fields(prediction):
         values = getattr(prediction, field.name)
-        if values is None:
+        if values is None or field.name in _UNSCALED:
             continue
         array = values.detach().double().cpu().numpy()
         per_atom = field.name in _PER_ATOM
@@ -234,8 +235,11 @@ def in_dtype(model: Model, dtype: torch.dtype) -> Model:
 #: Quantities with one row for each atom.
 _PER_ATOM = (
     *("forces", "orbital_blocks", "orbital_charges", "charges"),
-    *("forces_uncertainty", "forces_interval_95"),
+    *("forces_spread", "forces_uncertainty", "forces_interval_95"),
 )
+
+#: Quantities of any size, which no absolute tolerance fits.
+_UNSCALED = ("energy_rigidity", "atom_rigidity")
 
 
 @dataclass(frozen=True)

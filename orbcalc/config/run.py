@@ -145,7 +145,7 @@ class RunConfig(StrictModel):
         default=1,
         ge=1,
         le=16,
-        description="members, whose mean predicts; uncertainties come from their last layers",
+        description="members, whose mean predicts; their last layers and spread say how sure it is",
     )
     device: str = "auto"
     warm_start: bool = Field(

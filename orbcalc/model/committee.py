@@ -1,12 +1,10 @@
 """Several potentials as one: their mean predicts.
 
-How sure it is, their last layers say (rigidity, `training.calibration`), or the spread of members
-whose last layers were not measured.
+How sure it is, their last layers say (rigidity, `training.calibration`) and their spread.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -23,23 +21,30 @@ __all__ = ["Calibration", "Committee", "CommitteePrediction"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Factors that turn rigidities, or the spread of the members, into the size of errors.
+    """What turns rigidities and the spread of the members into the size of errors.
 
-    They are measured on structures that no member was trained on; these ones mean: not calibrated.
+    The score is the root of ``rigidity² + (weight spread)²``, as far as there are both. All is
+    measured on structures that no member was trained on; these values mean: not calibrated.
     """
 
     energy: float = 1.0
-    """To one standard deviation: 68 % of errors are smaller."""
+    """Score to one standard deviation: 68 % of errors are smaller."""
     forces: float = 1.0
     energy_95: float = 1.96
-    """To what 95 % of errors are smaller than."""
+    """Score to what 95 % of errors are smaller than."""
     forces_95: float = 1.96
+    energy_spread_weight: float = 1.0
+    forces_spread_weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class CommitteePrediction(Prediction):
     """Mean of the members, and how sure they are; None for one that does not know."""
 
+    energy_spread: Float[Tensor, " n_structures"] | None = None
+    """Standard deviation of the members' energies, eV; None for a single one."""
+    forces_spread: Float[Tensor, " n_atoms"] | None = None
+    """The same for components of the force on an atom (root of their mean square), eV/Å."""
     energy_uncertainty: Float[Tensor, " n_structures"] | None = None
     """One standard deviation, eV."""
     forces_uncertainty: Float[Tensor, " n_atoms"] | None = None
@@ -114,14 +119,16 @@ class Committee(nn.Module):
                 if field.name != "energy" and getattr(predictions[0], field.name) is not None
             },
         )
-        energy, forces = self._raw_uncertainties(result, predictions)
+        result = replace(result, **_spreads(predictions))
         scale = self.calibration
+        energy = _score(result.energy_rigidity, result.energy_spread, scale.energy_spread_weight)
         if energy is not None:
             result = replace(
                 result,
                 energy_uncertainty=energy * scale.energy,
                 energy_interval_95=energy * scale.energy_95,
             )
+        forces = _score(result.atom_rigidity, result.forces_spread, scale.forces_spread_weight)
         if forces is not None and result.forces is not None:
             result = replace(
                 result,
@@ -130,18 +137,25 @@ class Committee(nn.Module):
             )
         return result
 
-    def _raw_uncertainties(
-        self, mean: Prediction, predictions: Sequence[Prediction]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return those of energies and of force components, up to a factor; None if unknown."""
-        if mean.energy_rigidity is not None and mean.atom_rigidity is not None:
-            return mean.energy_rigidity.double(), mean.atom_rigidity.double()
-        if len(predictions) == 1:
-            return None, None
-        energies = torch.stack([p.energy for p in predictions])
-        forces = [p.forces for p in predictions if p.forces is not None]
-        spread = torch.stack(forces).var(0).sum(-1).sqrt() / math.sqrt(3) if forces else None
-        return energies.std(0), spread
+
+def _spreads(predictions: Sequence[Prediction]) -> dict[str, Tensor]:
+    if len(predictions) == 1:
+        return {}
+    energies = torch.stack([p.energy for p in predictions])
+    forces = [p.forces for p in predictions if p.forces is not None]
+    spreads = {"energy_spread": energies.std(0)}
+    if forces:
+        spreads["forces_spread"] = torch.stack(forces).var(0).mean(-1).sqrt()
+    return spreads
+
+
+def _score(rigidity: Tensor | None, spread: Tensor | None, weight: float) -> Tensor | None:
+    """Return an uncertainty up to a factor; None if nothing is known."""
+    if spread is None:
+        return rigidity
+    if rigidity is None:
+        return spread
+    return (rigidity.double() ** 2 + (weight * spread.double()) ** 2).sqrt()
 
 
 def _mean(values: Iterable[Tensor]) -> Tensor:

@@ -5,8 +5,10 @@ The rigidity of the last layer (LLPR, Bigi 2024, 2403.02251) says which errors a
 ``α² fᵀ (F + ζ)⁻¹ f`` where ``F = Σ f fᵀ / n²`` over the training set, whose loss is that of
 energies per atom. It is stored as a matrix ``W`` with ``W Wᵀ = (F + ζ)⁻¹``, so that the standard
 deviation is the norm of ``Wᵀ f``; for one atom, with its own part of ``f``, the same norm stands
-for the uncertainty of its force. Members of a committee are averaged. docs/uncertainty.md compares
-this with the spread of members.
+for the uncertainty of its force. Members of a committee are averaged.
+
+A committee also has the spread of its members: its square is added, with the weight that makes the
+errors held out the likeliest. docs/uncertainty.md compares all of them.
 
 Errors have heavier tails than a normal distribution, so there are two factors: one so that 68 % of
 the errors held out are smaller than the uncertainty, one for 95 %.
@@ -15,6 +17,8 @@ the errors held out are smaller than the uncertainty, one for 95 %.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -32,6 +36,9 @@ ONE_SIGMA = 0.6827
 
 #: ζ, in units of the mean eigenvalue of F: the likeliest one is taken.
 _REGULARISERS = tuple(10.0**power for power in range(-9, 2))
+
+#: Weight of the spread, in units of what makes it as large as the rigidity: the likeliest, too.
+_SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
 
 
 def calibrate(
@@ -60,23 +67,70 @@ def calibrate(
     raw = Committee([*committee.members])
     if not raw.has_uncertainty:
         return raw
-    energy: list[Tensor] = []
-    forces: list[Tensor] = []
-    for graph, targets in on_device(valid, batch_size, committee.first):
-        prediction = raw(graph, ("energy", "forces"))
-        assert prediction.energy_uncertainty is not None
-        assert prediction.forces_uncertainty is not None
-        energy.append((prediction.energy - targets.energy) / prediction.energy_uncertainty)
-        errors = prediction.forces - targets.forces
-        forces.append((errors / prediction.forces_uncertainty[:, None]).flatten())
-    energies, components = torch.cat(energy), torch.cat(forces)
-    factors = Calibration(
-        energy=_quantile(energies, ONE_SIGMA, unknown=1.0),
-        forces=_quantile(components, ONE_SIGMA, unknown=1.0),
-        energy_95=_quantile(energies, 0.95, unknown=1.96),
-        forces_95=_quantile(components, 0.95, unknown=1.96),
+    energies, forces = _held_out(raw, valid, batch_size)
+    energy_weight, energy, energy_95 = _scales(energies)
+    forces_weight, force, force_95 = _scales(forces)
+    return Committee(
+        [*committee.members],
+        Calibration(energy, force, energy_95, force_95, energy_weight, forces_weight),
     )
-    return Committee([*committee.members], factors)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Errors of one quantity, and what is known of their size; zero for what is not."""
+
+    errors: Float[Tensor, "n n_components"]
+    rigidity: Float[Tensor, "n 1"]
+    spread: Float[Tensor, "n 1"]
+
+    def score(self, weight: float) -> Float[Tensor, "n 1"]:
+        return (self.rigidity**2 + (weight * self.spread) ** 2).sqrt()
+
+
+def _held_out(
+    committee: Committee, valid: LabelDataset, batch_size: int
+) -> tuple[_HeldOut, _HeldOut]:
+    """Return those of energies, divided by the root of the number of atoms, and of forces."""
+    energies: list[tuple[Tensor, ...]] = []
+    forces: list[tuple[Tensor, ...]] = []
+    for graph, targets in on_device(valid, batch_size, committee.first):
+        prediction = committee(graph, ("energy", "forces"))
+        assert prediction.forces is not None
+        error = prediction.energy - targets.energy
+        row = (error, prediction.energy_rigidity, prediction.energy_spread)
+        roots = graph.n_atoms_of_structure.double().sqrt()
+        energies.append(tuple(_column(values, roots) / roots[:, None] for values in row))
+        row = (
+            prediction.forces - targets.forces,
+            prediction.atom_rigidity,
+            prediction.forces_spread,
+        )
+        forces.append(tuple(_column(values, graph.numbers) for values in row))
+    return _joined(energies), _joined(forces)
+
+
+def _column(values: Tensor | None, like: Tensor) -> Tensor:
+    values = torch.zeros_like(like) if values is None else values
+    return values.double().reshape(len(like), -1)
+
+
+def _joined(rows: Sequence[tuple[Tensor, ...]]) -> _HeldOut:
+    """Join batches, without what has no label."""
+    errors, rigidity, spread = (torch.cat(column) for column in zip(*rows, strict=True))
+    known = errors.isfinite().all(1)
+    return _HeldOut(errors[known], rigidity[known], spread[known])
+
+
+def _scales(held_out: _HeldOut) -> tuple[float, float, float]:
+    """Return the weight of the spread, and the factors for 68 and 95 % of the errors."""
+    weight = 1.0
+    if held_out.rigidity.any() and held_out.spread.any():
+        unit = _rms_ratio(held_out.rigidity, held_out.spread)
+        weights = [unit * weight for weight in _SPREAD_WEIGHTS]
+        weight = min(weights, key=lambda w: _unlikelihood(held_out.errors, held_out.score(w)))
+    ratios = held_out.errors / held_out.score(weight)
+    return weight, _quantile(ratios, ONE_SIGMA, unknown=1.0), _quantile(ratios, 0.95, unknown=1.96)
 
 
 def _measure_rigidity(
@@ -94,14 +148,13 @@ def _measure_rigidity(
     values = values.clamp_min(0.0)
     projected = (new @ vectors) ** 2
     roots = n_new.sqrt()
-    best, chosen = math.inf, _REGULARISERS[0]
-    for factor in _REGULARISERS:
-        spread = (projected / (values + factor * values.mean())).sum(1).sqrt()
-        spread = spread * _rms_ratio(errors / roots, spread / roots)
-        loss = float((spread.log() + 0.5 * (errors / spread) ** 2).mean())
-        if loss < best:
-            best, chosen = loss, factor
-    whitening = vectors / (values + chosen * values.mean()).sqrt()
+
+    def unlikelihood(factor: float) -> float:
+        rigidity = (projected / (values + factor * values.mean())).sum(1).sqrt()
+        return _unlikelihood(errors / roots, rigidity / roots)
+
+    factor = min(_REGULARISERS, key=unlikelihood)
+    whitening = vectors / (values + factor * values.mean()).sqrt()
     buffer.copy_(whitening.to(buffer))
 
 
@@ -120,6 +173,12 @@ def _last_layers(
         rows.append((last[labelled], error[labelled], n_atoms[labelled]))
     last, errors, n_atoms = (torch.cat(column) for column in zip(*rows, strict=True))
     return last, errors, n_atoms
+
+
+def _unlikelihood(errors: Tensor, scores: Tensor) -> float:
+    """Return minus the mean logarithm of the likelihood, with scores scaled to the errors' RMS."""
+    spreads = scores * _rms_ratio(errors, scores)
+    return float((spreads.log() + 0.5 * (errors / spreads) ** 2).mean())
 
 
 def _rms_ratio(errors: Tensor, spreads: Tensor) -> float:

@@ -62,17 +62,44 @@ def test_intervals_hold_what_they_promise(calibrated: Committee) -> None:
 
 
 @pytest.mark.parametrize("n_members", [1, 2])
-def test_the_last_layers_speak_for_a_committee(
-    make_potential: MakePotential, n_members: int
-) -> None:
-    members = [make_potential("none") for _ in range(n_members)]
+def test_what_an_uncertainty_is_made_of(make_potential: MakePotential, n_members: int) -> None:
+    members = [make_potential("none", seed=seed) for seed in range(n_members)]
     raw = Committee(members)
     train, valid = rattled(raw, 12, 0.03), rattled(raw, 40, 0.05, error=0.2)
     found = calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
     graph = AtomGraph.from_atoms(structures.ethanol(), 4.0)
-    rigidities = [member(graph, ("rigidity",)).energy_rigidity for member in found.members]
-    expected = found.calibration.energy * torch.stack(rigidities).mean(0)
-    torch.testing.assert_close(found(graph).energy_uncertainty, expected)
+    parts = [member(graph, ("energy", "forces", "rigidity")) for member in found.members]
+    scale, prediction = found.calibration, found(graph, ("forces",))
+    energy = torch.stack([part.energy_rigidity for part in parts]).mean(0) ** 2
+    forces = torch.stack([part.atom_rigidity for part in parts]).mean(0) ** 2
+    if n_members == 2:
+        difference = [getattr(parts[0], k) - getattr(parts[1], k) for k in ("energy", "forces")]
+        energy += scale.energy_spread_weight**2 * difference[0] ** 2 / 2
+        forces += scale.forces_spread_weight**2 * (difference[1] ** 2).mean(1) / 2
+    torch.testing.assert_close(prediction.energy_uncertainty, scale.energy * energy.sqrt())
+    torch.testing.assert_close(prediction.forces_uncertainty, scale.forces * forces.sqrt())
+    torch.testing.assert_close(prediction.forces_interval_95, scale.forces_95 * forces.sqrt())
+
+
+@pytest.mark.parametrize("telling", ["forces_spread", "atom_rigidity"])
+def test_what_tells_errors_counts(make_potential: MakePotential, telling: str) -> None:
+    """Errors are as large as the spread of the members, or as the rigidity."""
+    raw = Committee([make_potential("none", seed=seed) for seed in range(2)])
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 90, 0.05, error=0.02)
+    sets = LabelDataset(train, 4.0), LabelDataset(valid, 4.0)
+    graph = AtomGraph.batch([AtomGraph.from_atoms(atoms, 4.0) for atoms in valid])
+    known = calibrate(raw, *sets)(graph, ("forces",))
+    sizes = getattr(known, telling)
+    normal = np.random.default_rng(5).normal(size=known.forces.shape)
+    errors = sizes[:, None] * torch.as_tensor(normal)
+    parts = (known.forces - errors).split([len(atoms) for atoms in valid])
+    for atoms, labels in zip(valid, parts, strict=True):
+        atoms.arrays[REF_FORCES] = labels.numpy()
+    found = calibrate(raw, sets[0], LabelDataset(valid, 4.0))(graph, ("forces",))
+    inside = errors.abs() <= found.forces_uncertainty[:, None]
+    assert inside.double().mean() == pytest.approx(0.68, abs=0.01)
+    correlation = np.corrcoef(found.forces_uncertainty.numpy(), sizes.numpy())[0, 1]
+    assert correlation > 0.99
 
 
 def test_a_quantile_leaves_room_for_few(calibrated: Committee) -> None:

@@ -9,6 +9,7 @@ import pytest
 import structures
 import torch
 
+from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
 from orbcalc.testing import (
     TOLERANCES,
@@ -18,6 +19,8 @@ from orbcalc.testing import (
     in_dtype,
     predicted,
 )
+from orbcalc.training.calibration import calibrate
+from orbcalc.training.dataset import LabelDataset
 
 
 @pytest.fixture
@@ -148,6 +151,18 @@ def test_predictions_are_split_into_structures(make_potential):
     assert np.isnan(first["stress"]).all()
     lone = potential.reference_energies[potential.element_index[batch[0].numbers]].sum()
     np.testing.assert_allclose(first["interaction"], first["energy"] - lone.item())
+
+
+@pytest.mark.parametrize("n_members", [1, 2])
+def test_a_trained_model_is_accepted(make_potential, labelled, n_members):
+    """Its uncertainties, too, are the same in a batch, and turn with the structure."""
+    raw = Committee([make_potential(seed=seed) for seed in range(n_members)])
+    model = calibrate(raw, *(LabelDataset(labelled, raw.cutoff) for _ in range(2)))
+    atoms = structures.water()
+    assert {"energy_uncertainty", "forces_interval_95"} <= predicted(model, [atoms])[0].keys()
+    assert_equivariant(model, atoms)
+    assert_consistent(model, [atoms, structures.ice_cell()])
+    assert_derivatives(model, atoms)
 
 
 def test_another_precision(committee, make_potential):
