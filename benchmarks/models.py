@@ -1,7 +1,8 @@
 """The models that are compared, by name.
 
 ``orbcalc:medium`` and ``mace:128x0e+128x1o`` are architectures, with random weights or to be
-trained; ``orbcalc:FILE.orbcalc`` and ``mace:FILE.model`` are trained models.
+trained; ``orbcalc:FILE.orbcalc`` and ``mace:FILE.model`` are trained models. Those of orbcalc may
+have ``:compiled`` behind them, and are then compiled before they are timed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Model:
     package: Package
     spec: str
     """Preset, hidden irreps or file."""
+    compiled: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -44,7 +46,9 @@ class Model:
     @property
     def label(self) -> str:
         """Its name in tables and figures."""
-        return f"{self.package}:{Path(self.spec).stem}" if self.is_file else self.name
+        if not self.is_file:
+            return self.name
+        return f"{self.package}:{Path(self.spec).stem}" + ":compiled" * self.compiled
 
 
 def parse_model(name: str) -> Model:
@@ -56,9 +60,11 @@ def parse_model(name: str) -> Model:
         If there is no such model.
     """
     package, _, spec = name.partition(":")
+    compiled = package == "orbcalc" and spec.endswith(":compiled")
+    spec = spec.removesuffix(":compiled")
     if package not in get_args(Package) or not spec:
         raise ValueError(f"{name!r} names no model: give orbcalc:PRESET or mace:HIDDEN_IRREPS")
-    model = Model(name, package, spec)  # type: ignore[arg-type]
+    model = Model(name, package, spec, compiled)  # type: ignore[arg-type]
     if package == "orbcalc" and not model.is_file and spec not in PRESETS:
         raise ValueError(f"there is no preset {spec!r}; there are {', '.join(PRESETS)}")
     if model.is_file and not Path(spec).is_file():

@@ -117,6 +117,8 @@ def _set_up(
         facts = worker.ask("load", path=str(Path(model.spec).resolve()), **made_for)
     else:
         facts = worker.ask("make", elements=elements, architecture=model.architecture, **made_for)
+    if model.compiled:
+        worker.ask("compile")
     worker.ask("load_structures", path=str(path.resolve()))
     return {**facts, "versions": worker.ask("describe")}
 

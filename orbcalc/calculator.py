@@ -23,6 +23,7 @@ from orbcalc.errors import StructureError
 from orbcalc.graph import AtomGraph
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee, CommitteePrediction
+from orbcalc.model.compiled import compiled
 from orbcalc.neighbors import SkinList
 from orbcalc.orbitals import SLOTS, shell_slots
 from orbcalc.properties import CHARGE_KEY, SPIN_KEY
@@ -64,6 +65,10 @@ class OrbcalcCalculator(Calculator):
         Of the network; geometry and sums are always float64.
     skin
         Å. The neighbour list is kept until an atom has moved by half of it.
+    compile
+        Compile the network at the first calculation, which then takes a minute or so; where that
+        is not possible there is a warning. It pays in long runs of small systems: see
+        docs/architecture.md. Systems of more than 1,024 atoms run as without it.
 
     Notes
     -----
@@ -103,9 +108,12 @@ class OrbcalcCalculator(Calculator):
         dtype: Literal["float32", "float64"] = "float32",
         *,
         skin: float = 0.5,
+        compile: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.metadata = open_model(model, device=device, dtype=dtype)
+        self._compile = compile
+        self._compiled: Committee | None = None
         self._skin_list = SkinList(self.model.cutoff, skin)
         self._checked_build = 0
 
@@ -136,10 +144,12 @@ class OrbcalcCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
         current = self.atoms
         assert current is not None
-        graph = self._updated_graph(current)
+        graph = self._updated_graph(current).to(self._device)
         self._refuse_impossible(graph, properties)
         wanted = {_NEEDED.get(name, name) for name in properties} & {"forces", "stress", "charges"}
-        prediction = self.model(graph.to(self._device), sorted(wanted))
+        if self._compile:
+            wanted.add("forces")  # energies alone would be compiled once more
+        prediction = self._network(graph)(graph, sorted(wanted))
         (found,) = _results(prediction, graph, self.model, properties)
         self.results = found if system_changes else {**self.results, **found}
 
@@ -149,6 +159,13 @@ class OrbcalcCalculator(Calculator):
         :func:`orbcalc.with_results` brings the uncertainties into files.
         """
         return Properties({k: v for k, v in self.results.items() if k in all_outputs})
+
+    def _network(self, graph: AtomGraph) -> Committee:
+        if not self._compile:
+            return self.model
+        if self._compiled is None:
+            self._compiled = compiled(self.model, graph)
+        return self._compiled
 
     @property
     def _device(self) -> torch.device:

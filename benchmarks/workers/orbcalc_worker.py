@@ -23,6 +23,7 @@ from orbcalc.config import PotentialConfig, TrainConfig, load_config
 from orbcalc.graph import AtomGraph
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
+from orbcalc.model.compiled import compiled
 from orbcalc.model.potential import Potential, Statistics
 from orbcalc.properties import REF_ENERGY
 from orbcalc.structures import read_structures
@@ -37,6 +38,7 @@ class OrbcalcWorker(ModelWorker):
     def __init__(self) -> None:
         super().__init__()
         self.committee: Committee | None = None
+        self.compiled = False
 
     def describe(self) -> dict[str, str]:
         """Name the versions at work."""
@@ -65,6 +67,10 @@ class OrbcalcWorker(ModelWorker):
         """Load a model file."""
         committee, _ = load_model(path, dtype=getattr(torch, dtype))
         return self._use(committee, device)
+
+    def compile(self) -> None:
+        """Compile the model before it is timed; that takes a minute or more each time."""
+        self.compiled = True
 
     def measure(self, settings: str, steps: int) -> float:
         """Return the seconds that an epoch takes, from a few steps of it."""
@@ -134,10 +140,12 @@ class OrbcalcWorker(ModelWorker):
     def _evaluation(self, atoms: Atoms) -> Callable[[], object]:
         model = self._model()
         graph = AtomGraph.from_atoms(atoms, model.cutoff).to(self.device)
+        if self.compiled:
+            model = compiled(model, graph)
         return lambda: model(graph, ("energy", "forces"))
 
     def _calculator(self) -> OrbcalcCalculator:
-        return OrbcalcCalculator(self._model(), device=self.device)
+        return OrbcalcCalculator(self._model(), device=self.device, compile=self.compiled)
 
 
 class _Left(Exception):  # noqa: N818  (no error: the way out of a training)

@@ -136,8 +136,8 @@ class NeighborDensity(nn.Module):
     ) -> Float[Tensor, "n_components n channels"]:
         """Sum over the neighbours of every atom."""
         n_atoms, _, n_slots = edges.harmonics.shape
-        radial = (self.radial(edges.radial) * edges.envelope).view(-1, n_atoms, n_slots)
-        radial = radial.transpose(0, 1).contiguous()
+        radial = self.radial(edges.radial) * edges.envelope
+        radial = radial.unflatten(1, (n_atoms, n_slots)).transpose(0, 1).contiguous()
         functions = (edges.harmonics[:, :, None] * radial[:, None]).flatten(1, 2)
         neighbors = gather_neighbors(shown.transpose(0, 1).flatten(1), graph)
         neighbors = neighbors.unflatten(-1, (shown.shape[0], -1))  # (n, slots, m, n_in)
@@ -337,5 +337,5 @@ class Backbone(nn.Module):
         return EdgeBasis(
             radial=bessel_basis(distances, self.config.cutoff, self.config.radial_functions),
             envelope=polynomial_cutoff(distances, self.config.cutoff),  # 0 at the cutoff
-            harmonics=harmonics.view(-1, *mask.shape).transpose(0, 1).contiguous(),
+            harmonics=harmonics.unflatten(1, mask.shape).transpose(0, 1).contiguous(),
         )

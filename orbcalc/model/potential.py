@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,8 @@ class Potential(nn.Module):
         self.register_buffer("element_index", index, persistent=False)
         self.energy_scale = statistics.energy_scale
         self.backbone = Backbone(config, len(self.elements), statistics.neighbor_scale)
+        #: What is called in its place for systems that are not worked on in parts.
+        self.compiled_backbone: Callable[..., NodeFeatures] | None = None
         self.energy_head = EnergyHead(config.channels, config.layers)
         self.xtb_energy_scale = statistics.xtb_energy_scale
         self.xtb_head = None
@@ -200,12 +202,10 @@ class Potential(nn.Module):
             vectors = graph.edge_vectors()
             if differentiated and not vectors.requires_grad:
                 vectors.requires_grad_(True)
-            nodes = self.backbone(
-                vectors.to(self.dtype),
-                elements,
-                graph,
-                l_out,
-                in_parts=graph.n_atoms > 2 * PART_ATOMS and not create_graph,
+            in_parts = graph.n_atoms > 2 * PART_ATOMS and not create_graph
+            backbone = None if in_parts or create_graph else self.compiled_backbone
+            nodes = (backbone or self.backbone)(
+                vectors.to(self.dtype), elements, graph, l_out, in_parts=in_parts
             )
             found = self._charges(nodes, elements, graph) if with_charges else {}
             if "rigidity" in properties:

@@ -52,8 +52,9 @@ class DegreeLinear(nn.Module):
 
     def forward(self, features: Float[Tensor, "m n n_in"]) -> Float[Tensor, "m n n_out"]:
         """Mix the channels of as many degrees as the features hold."""
-        n_degrees = math.isqrt(features.shape[0] + self.l_min**2) - self.l_min
-        sizes = [2 * degree + 1 for degree in range(self.l_min, self.l_min + n_degrees)]
+        sizes: list[int] = []
+        while sum(sizes) < features.shape[0]:
+            sizes.append(2 * (self.l_min + len(sizes)) + 1)
         blocks = zip(features.split(sizes), self.weight.unbind(), strict=False)
         return torch.cat([block @ weight for block, weight in blocks])
 

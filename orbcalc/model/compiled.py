@@ -1,0 +1,77 @@
+"""Networks compiled by `torch.compile`: fewer, larger operations for small systems.
+
+A molecule of ten atoms is bound by the number of operations and not by their size. Compiling
+takes a minute or so and pays in dynamics; batches and large systems gain little.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor
+
+from orbcalc.graph import AtomGraph
+from orbcalc.model.committee import Committee
+from orbcalc.model.potential import Potential
+
+__all__ = ["compiled"]
+
+#: Largest difference of forces (eV/Å, or their part) from those of the network as it was.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+def compiled(committee: Committee, probe: AtomGraph) -> Committee:
+    """Return a committee with the same weights and compiled networks.
+
+    Sizes of systems may vary afterwards. Only energies with forces are compiled beforehand; what
+    else is asked for compiles when it is.
+
+    Parameters
+    ----------
+    committee
+        It stays as it is.
+    probe
+        On which both must agree.
+
+    Returns
+    -------
+    Committee
+        `committee` itself, with a warning, if it cannot be compiled here (PyTorch needs a C++
+        compiler for that) or if the results differ.
+    """
+    members = [_compiled(member) for member in committee.members if isinstance(member, Potential)]
+    made = Committee(members, committee.calibration)
+    expected = committee(probe, ("forces",))
+    try:
+        found = made(probe, ("forces",))
+    except Exception as error:  # whatever a compiler may raise
+        reason = str(error).strip().partition("\n")[0]
+        return _left_alone(committee, f"{type(error).__name__}: {reason}")
+    per_atom = probe.n_atoms_of_structure
+    tolerance = _TOLERANCE[committee.first.dtype]
+    if not (
+        _agree(found.energy / per_atom, expected.energy / per_atom, tolerance)
+        and _agree(found.forces, expected.forces, tolerance)
+    ):
+        return _left_alone(committee, "compiled, it predicts something else")
+    return made
+
+
+def _compiled(potential: Potential) -> Potential:
+    """Return a potential that shares weights with another one."""
+    made = copy.copy(potential)
+    made.compiled_backbone = torch.compile(potential.backbone.forward, dynamic=True)
+    return made
+
+
+def _agree(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:
+    assert found is not None
+    assert expected is not None
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def _left_alone(committee: Committee, reason: str) -> Committee:
+    warnings.warn(f"the potential is used without compiling it: {reason}", stacklevel=3)
+    return committee
