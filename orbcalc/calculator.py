@@ -115,7 +115,6 @@ class OrbcalcCalculator(Calculator):
         self._compile = compile
         self._compiled: Committee | None = None
         self._skin_list = SkinList(self.model.cutoff, skin)
-        self._checked_build = 0
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what has changed since the last calculation, charge and spin included."""
@@ -174,13 +173,11 @@ class OrbcalcCalculator(Calculator):
     def _updated_graph(self, atoms: Atoms) -> AtomGraph:
         """Return the graph; while its neighbour list is valid only positions are new."""
         charge_and_multiplicity(atoms)
-        if not np.isfinite(atoms.positions).all():
-            check_structure(atoms)
-        neighbors = self._skin_list.update(atoms)
-        if self._skin_list.n_builds != self._checked_build:
+        if not self._skin_list.is_valid(atoms):
+            # Before the search: with a cell that is not finite, it would end the process.
             # Between two builds atoms move less than the skin: time enough to notice an overlap.
             check_structure(atoms)
-            self._checked_build = self._skin_list.n_builds
+        neighbors = self._skin_list.update(atoms)
         return AtomGraph.from_atoms(atoms, self.model.cutoff, neighbors)
 
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:

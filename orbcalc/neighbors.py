@@ -113,7 +113,7 @@ class SkinList:
 
     def update(self, atoms: Atoms) -> NeighborList:
         """Return a list that holds every pair inside the cutoff (and some beyond)."""
-        if self._list is None or not self._is_valid(atoms):
+        if self._list is None or not self.is_valid(atoms):
             self._list = neighbor_list(atoms, self.cutoff + self.skin)
             self._built_for = Atoms(
                 numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc
@@ -121,7 +121,8 @@ class SkinList:
             self.n_builds += 1
         return self._list
 
-    def _is_valid(self, atoms: Atoms) -> bool:
+    def is_valid(self, atoms: Atoms) -> bool:
+        """Tell whether the list that is there would be returned; never for what is not finite."""
         built = self._built_for
         if (
             built is None

@@ -271,6 +271,12 @@ def test_errors_are_those_of_ase(single, without_charges):
         (lambda: Atoms("H", info={"spin": 1}), StructureError, "impossible for 1 electrons"),
         (lambda: Atoms("H", info={"charge": 0.2}), StructureError, "is not an integer"),
         (lambda: Atoms("H", pbc=True), StructureError, "spans no volume"),
+        (
+            lambda: Atoms("H", cell=[[5, 0, 0], [0, 5, 0], [5, 5, 0]], pbc=True),
+            StructureError,
+            "spans no volume",
+        ),
+        (lambda: Atoms("H", cell=[5, 5, np.nan], pbc=True), StructureError, "is not finite"),
     ],
 )
 def test_structures_that_cannot_be_computed(single, make, error, message):
