@@ -116,9 +116,12 @@ def _column(values: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _joined(rows: Sequence[tuple[Tensor, ...]]) -> _HeldOut:
-    """Join batches, without what has no label."""
+    """Join batches, without what has no label, and without lone atoms if there are others."""
     errors, rigidity, spread = (torch.cat(column) for column in zip(*rows, strict=True))
     known = errors.isfinite().all(1)
+    if rigidity.any():
+        # Without neighbours all members give the reference energy: no factor makes 0 an error.
+        known &= rigidity[:, 0] > 0
     return _HeldOut(errors[known], rigidity[known], spread[known])
 
 
@@ -146,6 +149,8 @@ def _measure_rigidity(
     per_atom = known / n_known[:, None]
     values, vectors = torch.linalg.eigh(per_atom.T @ per_atom)
     values = values.clamp_min(0.0)
+    told = new.any(1)  # a lone atom has its reference energy, whatever the factor
+    new, errors, n_new = new[told], errors[told], n_new[told]
     projected = (new @ vectors) ** 2
     roots = n_new.sqrt()
 

@@ -115,6 +115,25 @@ def test_a_quantile_leaves_room_for_few(calibrated: Committee) -> None:
     assert ratios[4] == pytest.approx(1.0)  # rank ⌈6 x 0.68⌉ = 5 of 5
 
 
+@pytest.mark.parametrize("n_members", [1, 2, 3])
+def test_a_lone_atom_held_out_changes_nothing(
+    make_potential: MakePotential, n_members: int
+) -> None:
+    """It has its reference energy, and neither rigidity nor spread: nothing to be scaled."""
+    raw = Committee([make_potential("none", seed=seed) for seed in range(n_members)])
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 20, 0.05, error=0.2)
+    lone = Atoms("O", cell=[15.0] * 3, pbc=True)
+    (result,) = predict(raw, [lone])
+    lone.info[REF_ENERGY] = result["energy"] + 0.5
+    lone.arrays[REF_FORCES] = np.zeros((1, 3))
+    expected, found = (
+        calibrate(raw, LabelDataset(train, 4.0), LabelDataset(held_out, 4.0))
+        for held_out in (valid, [*valid, lone])
+    )
+    for name, value in vars(expected.calibration).items():
+        assert getattr(found.calibration, name) == pytest.approx(value, rel=1e-9), name
+
+
 def test_it_is_less_sure_of_what_it_has_not_seen(calibrated: Committee) -> None:
     usual, hot = rattled(calibrated, 10, 0.03), rattled(calibrated, 10, 0.3)
     strange = [structures.water()]
