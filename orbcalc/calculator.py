@@ -348,6 +348,10 @@ def _as_atoms(structure: Any) -> Atoms:
         return structure
     if hasattr(structure, "to_ase_atoms"):  # pymatgen's Structure and Molecule
         atoms: Atoms = structure.to_ase_atoms()
+        if hasattr(structure, "spin_multiplicity") and CHARGE_KEY not in atoms.info:
+            # Of a molecule; they come as attributes of the atoms, which nothing else reads.
+            stated = {CHARGE_KEY: structure.charge, SPIN_KEY: structure.spin_multiplicity}
+            atoms.info = {**stated, **atoms.info}
         return atoms
     raise StructureError(
         f"cannot predict a {type(structure).__name__}: give ase.Atoms, or a pymatgen Structure "

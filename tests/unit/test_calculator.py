@@ -485,6 +485,20 @@ def test_structures_of_pymatgen(single):
     assert "stress" not in found[1]
 
 
+def test_a_charged_molecule_of_pymatgen(single):
+    molecule = pytest.importorskip("pymatgen.core").Molecule
+    cation, oxygen = structures.ammonium(), structures.oxygen()
+    made = [
+        molecule(cation.symbols, cation.positions, charge=1),
+        molecule(oxygen.symbols, oxygen.positions, spin_multiplicity=3),
+    ]
+    found = predict(single, made, ["charges"])
+    expected = predict(single, [cation, oxygen])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one["energy"], other["energy"], rtol=1e-12)
+    np.testing.assert_allclose(found[0]["charges"].sum(), 1.0, atol=1e-9)
+
+
 def test_what_is_no_structure(single):
     with pytest.raises(StructureError, match=r"cannot predict a dict: give ase\.Atoms"):
         predict(single, [{"positions": []}])
