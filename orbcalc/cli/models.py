@@ -62,7 +62,8 @@ def evaluate(
         committee.first.check_elements(atoms.numbers.tolist())
     dataset = LabelDataset(labelled, committee.cutoff)
     census = dataset.census()
-    names = ["energy"] + [name for name in ("forces", "stress", "charges") if census[name]]
+    learned = ("forces", "stress", *(["charges"] if committee.first.charge_head else []))
+    names = ["energy"] + [name for name in learned if census[name]]
     errors = model_errors(committee, dataset, names)
     if not errors:
         raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")

@@ -272,6 +272,16 @@ def test_evaluate_writes_its_predictions(
         assert results_of(atoms)["forces_uncertainty"].shape == (3,)
 
 
+def test_evaluate_writes_predictions_of_a_model_without_charges(
+    cli: Cli, here: Path, labelled_file: Path
+) -> None:
+    options = {"potential": {"charge_head": "none"}, "tasks": {"charges": 0}}
+    train(train_config(labelled_file, Path("m.orbcalc"), **options))
+    found = cli("evaluate", "m.orbcalc", labelled_file, "-o", "predicted.extxyz")
+    assert found.code == 0, found.err
+    assert "charges" not in results_of(ase.io.read("predicted.extxyz"))
+
+
 def test_evaluate_refuses_an_element_it_does_not_know(cli: Cli, here: Path, model: Path) -> None:
     found = cli("evaluate", model, write_pool(here / "x.extxyz", [molecule("CH3SH")]))
     assert found.code == 1
