@@ -106,8 +106,8 @@ def results_of(source: Atoms | AtomsRow) -> dict[str, Any]:
         found = {name: source[name] for name in all_properties if name in source}
         return found | _uncertainties(source.get("calculator_parameters", {})) if found else {}
     found = _current(source)
-    if not found:
-        return {}
+    if not found or not isinstance(source.calc, SinglePointCalculator):
+        return found  # info and arrays may hold what was calculated before, of another geometry
     kept = getattr(source.calc, "parameters", None) or {}
     return _uncertainties({**kept, **source.info, **source.arrays}) | found
 

@@ -13,6 +13,7 @@ import pytest
 import structures
 from ase import Atoms, units
 from ase.calculators import calculator as ase_calculators
+from ase.calculators.lj import LennardJones
 from ase.io.trajectory import Trajectory
 from ase.md.verlet import VelocityVerlet
 
@@ -125,6 +126,20 @@ def test_results_of_another_geometry_are_no_results(calculated: Atoms) -> None:
         assert results_of(atoms) == {}
         with pytest.raises(StructureError, match=r"carries no results of its present geometry"):
             with_results(atoms)
+
+
+def test_what_a_file_held_is_not_of_a_later_calculation(
+    calculated: Atoms, committee: Committee, tmp_path: Path
+) -> None:
+    ase.io.write(tmp_path / "a.extxyz", with_results(calculated))
+    atoms = ase.io.read(tmp_path / "a.extxyz")
+    atoms.rattle(0.1, seed=1)
+    atoms.calc = OrbcalcCalculator(committee)
+    atoms.get_potential_energy()  # without forces, nor their uncertainty
+    assert results_of(atoms) == atoms.calc.results
+    atoms.calc = LennardJones()
+    atoms.get_potential_energy()
+    assert not UNCERTAINTIES & results_of(atoms).keys()
 
 
 def test_without_an_uncertainty_there_is_none(calculated: Atoms) -> None:
