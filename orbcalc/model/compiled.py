@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orbcalc.graph import AtomGraph
+from orbcalc.model.backbone import Backbone, NodeFeatures
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
 
@@ -62,8 +64,25 @@ def compiled(committee: Committee, probe: AtomGraph) -> Committee:
 def _compiled(potential: Potential) -> Potential:
     """Return a potential that shares weights with another one."""
     made = copy.copy(potential)
-    made.compiled_backbone = torch.compile(potential.backbone.forward, dynamic=True)
+    made.compiled_backbone = _CompiledBackbone(potential.backbone)
     return made
+
+
+class _CompiledBackbone:
+    """What `torch.compile` returns cannot be pickled: where this is read, it is compiled anew."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._function = torch.compile(backbone.forward, dynamic=True)
+
+    def __call__(self, *arguments: Any, **options: Any) -> NodeFeatures:
+        return self._function(*arguments, **options)
+
+    def __reduce__(self) -> tuple[type[_CompiledBackbone], tuple[Backbone]]:
+        return _CompiledBackbone, (self.backbone,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CompiledBackbone:
+        return self  # in the same process there is no need to compile again
 
 
 def _agree(found: Tensor | None, expected: Tensor | None, tolerance: float) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +90,18 @@ def test_one_that_predicts_something_else_is_not_used(
     graph = AtomGraph.from_atoms(structures.ethanol(), plain.cutoff)
     with pytest.warns(UserWarning, match="predicts something else"):
         assert compiled(plain, graph) is plain
+
+
+def test_a_calculator_may_be_pickled_and_copied_afterwards(
+    plain: Committee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrapped(function, **options):
+        return lambda *arguments, **named: function(*arguments, **named)  # no pickle takes it
+
+    monkeypatch.setattr(torch, "compile", wrapped)
+    calculator = OrbcalcCalculator(plain, compile=True)
+    energy = calculator.get_potential_energy(molecule("H2O"))
+    for found in (pickle.loads(pickle.dumps(calculator)), copy.deepcopy(calculator)):
+        assert found._compiled.first.compiled_backbone is not None
+        found.reset()
+        assert found.get_potential_energy(molecule("H2O")) == energy
