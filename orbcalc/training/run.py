@@ -38,8 +38,11 @@ from orbcalc.properties import (
     REF_FORCES,
     REF_METHOD,
     REF_STRESS,
+    XTB_BLOCKS,
     XTB_ENERGY,
+    XTB_FORCES,
     XTB_METHOD,
+    XTB_SHELLS,
 )
 from orbcalc.structures import hold_out, read_structures, structure_key
 from orbcalc.training.calibration import calibrate
@@ -56,6 +59,7 @@ logger = logging.getLogger(__name__)
 _INPUTS = "inputs.json"
 
 _REFERENCE_KEYS = frozenset({REF_ENERGY, REF_FORCES, REF_STRESS})
+_CHEAP_KEYS = frozenset({XTB_ENERGY, XTB_FORCES, XTB_BLOCKS, XTB_SHELLS})
 
 MemberReport = Callable[[Mapping[str, Any]], None]
 
@@ -191,6 +195,8 @@ def model_errors(
 def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
     """Read labelled structures from files and label stores, without duplicates.
 
+    Of a duplicate, the kind of label is kept that the first one lacks.
+
     Raises
     ------
     LabelConflictError
@@ -200,7 +206,9 @@ def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
     for path in paths:
         found = LabelStore(path).labelled_atoms() if is_label_store(path) else read_structures(path)
         for atoms in found:
-            structures.setdefault(structure_key(atoms), atoms)
+            known = structures.setdefault(structure_key(atoms), atoms)
+            if known is not atoms:
+                _add_labels(known, atoms)
     result = list(structures.values())
     _methods(result)
     return result
@@ -220,6 +228,14 @@ def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Ato
         )
     train_set = [atoms for i, atoms in enumerate(structures) if i not in held_out]
     return train_set, [structures[i] for i in sorted(held_out)]
+
+
+def _add_labels(atoms: Atoms, duplicate: Atoms) -> None:
+    """Add labels that only a duplicate has; whole kinds, so that no two methods are mixed."""
+    for keys in ({*_REFERENCE_KEYS, REF_METHOD}, {*_CHEAP_KEYS, XTB_METHOD}):
+        if keys.isdisjoint({*atoms.info, *atoms.arrays}):
+            atoms.info |= {key: value for key, value in duplicate.info.items() if key in keys}
+            atoms.arrays |= {key: value for key, value in duplicate.arrays.items() if key in keys}
 
 
 def _read_sets(config: TrainConfig) -> LabelledSets:

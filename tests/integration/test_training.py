@@ -352,6 +352,25 @@ def test_a_label_store_trains_like_a_file(label_store: Path, labelled_file: Path
     assert len(load_labelled((label_store, labelled_file))) == len(LabelStore(label_store))
 
 
+def test_duplicates_add_the_labels_that_the_first_lacks(
+    labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    """Cheap labels of all structures and reference labels of some, in any order of files."""
+    files = {}
+    for name, dropped in (("cheap", "REF_"), ("reference", "GFN1_")):
+        kept = [atoms.copy() for atoms in labelled_waters[: 9 if name == "cheap" else 4]]
+        for atoms in kept:
+            for place in (atoms.info, atoms.arrays):
+                for key in [key for key in place if key.startswith(dropped)]:
+                    del place[key]
+        files[name] = write_pool(tmp_path / f"{name}.extxyz", kept)
+    for order in (("cheap", "reference"), ("reference", "cheap")):
+        found = load_labelled(tuple(files[name] for name in order))
+        assert LabelDataset(found, 4.0).census()["forces"] == 4
+        assert LabelDataset(found, 4.0).census()["charges"] == 9
+        assert sum(REF_METHOD in atoms.info for atoms in found) == 4
+
+
 # ----------------------------------------------------------------------------- committees
 def test_a_committee_is_calibrated_on_what_it_has_not_seen(
     labelled_file: Path, labelled_waters: list[Atoms], tmp_path: Path
