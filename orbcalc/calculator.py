@@ -213,7 +213,8 @@ def predict(
     -------
     list of dict
         For each structure in the given order, what `OrbcalcCalculator.results` would hold.
-        Stress is left out for structures without a volume.
+        Stress is left out for structures without a volume, charges for those with an element
+        that had no charge labels in the training.
 
     Raises
     ------
@@ -315,11 +316,15 @@ def _results(
     per_atom("charges", prediction.charges)
     per_atom("forces_uncertainty", prediction.forces_uncertainty)
     per_atom("forces_interval_95", prediction.forces_interval_95)
-    if "orbital_charges" in properties and prediction.orbital_charges is not None:
+    if prediction.orbital_charges is not None:
         per_atom("orbital_charges", prediction.orbital_charges)
         numbers = np.split(graph.numbers.cpu().numpy(), ends)
         for result, z in zip(results, numbers, strict=True):
-            result["orbital_charges"] = _in_ao_order(result["orbital_charges"], z, committee)
+            slots = result.pop("orbital_charges")
+            if not set(z.tolist()) <= committee.first.shells.keys():
+                del result["charges"]  # an element of it had no charge labels
+            elif "orbital_charges" in properties:
+                result["orbital_charges"] = _in_ao_order(slots, z, committee)
     for index, result in enumerate(results):
         for name in ("energy_uncertainty", "energy_interval_95"):
             if (values := getattr(prediction, name)) is not None:

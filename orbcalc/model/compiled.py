@@ -27,8 +27,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 def compiled(committee: Committee, probe: AtomGraph) -> Committee:
     """Return a committee with the same weights and compiled networks.
 
-    Sizes of systems may vary afterwards. Only energies with forces are compiled beforehand; what
-    else is asked for compiles when it is.
+    Sizes of systems may vary afterwards; a lone atom, a pair, and charges compile once more when
+    they first come.
 
     Parameters
     ----------

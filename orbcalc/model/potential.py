@@ -56,7 +56,7 @@ class Prediction:
     orbital_charges: Float[Tensor, "n_atoms 10"] | None = None
     """AO charges in slot order, e; NaN for absent shells."""
     charges: Float[Tensor, " n_atoms"] | None = None
-    """Atomic charges, e."""
+    """Atomic charges, e; NaN for an element that had no charge labels."""
     xtb_energy: Float[Tensor, " n_structures"] | None = None
     """What GFN1-xTB would give, eV, float64."""
     xtb_forces: Float[Tensor, "n_atoms 3"] | None = None
@@ -275,7 +275,11 @@ class Potential(nn.Module):
             diagonal = self.get_buffer("diagonal").to(output.dtype)
             present = _orbital_mask(self.charge_head.get_buffer("present")[elements])
             output = torch.where(present, torch.nan_to_num(output) @ diagonal, torch.nan)
-        found = {"orbital_charges": output, "charges": output.nansum(1)}
+        unknown = torch.isnan(output).all(1)  # of an element that had no charge labels
+        found = {
+            "orbital_charges": output,
+            "charges": torch.where(unknown, torch.nan, output.nansum(1)),
+        }
         return found if blocks is None else {"orbital_blocks": blocks, **found}
 
 

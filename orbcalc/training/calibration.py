@@ -144,13 +144,13 @@ def _measure_rigidity(
     buffer.zero_()  # it may be that of an earlier training
     known, _, n_known = _last_layers(potential, train, batch_size)
     new, errors, n_new = _last_layers(potential, valid, batch_size)
+    told = new.any(1)  # a lone atom has its reference energy, whatever the factor
+    new, errors, n_new = new[told], errors[told], n_new[told]
     if len(known) == 0 or len(new) == 0:
         return
     per_atom = known / n_known[:, None]
     values, vectors = torch.linalg.eigh(per_atom.T @ per_atom)
     values = values.clamp_min(0.0)
-    told = new.any(1)  # a lone atom has its reference energy, whatever the factor
-    new, errors, n_new = new[told], errors[told], n_new[told]
     projected = (new @ vectors) ** 2
     roots = n_new.sqrt()
 

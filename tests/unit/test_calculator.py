@@ -24,9 +24,12 @@ from orbcalc.calculator import OrbcalcCalculator, open_model, predict
 from orbcalc.errors import CheckpointError, StructureError, UnsupportedElementError
 from orbcalc.model.checkpoint import save_model
 from orbcalc.model.committee import Committee
+from orbcalc.model.potential import Potential
 from orbcalc.neighbors import neighbor_list
 from orbcalc.orbitals import shell_slots
 from orbcalc.testing import in_dtype, predicted
+from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.statistics import fit_statistics
 
 
 @pytest.fixture(scope="module")
@@ -548,3 +551,27 @@ def test_the_skin_list_holds_what_a_fresh_list_holds(single):
     calculator.get_potential_energy(atoms)
     kept = calculator._skin_list.update(atoms)
     assert kept.mask.sum() == neighbor_list(atoms, single.cutoff + 0.4).mask.sum()
+
+
+def test_an_element_without_charge_labels_has_no_charges(make_potential, labelled):
+    """Neither zeros nor an error of Python's: its structures lack them, and others do not."""
+    potential = make_potential()
+    shells = {z: own for z, own in potential.shells.items() if z != 16}
+    bare = Potential(
+        potential.config,
+        potential.elements,
+        shells,
+        fit_statistics(LabelDataset(labelled, potential.config.cutoff), potential.config),
+    )
+    names = ("energy", "charges", "orbital_charges")
+    model = Committee([bare])
+    water, strange = predict(model, [structures.water(), structures.sulfur_hexafluoride()], names)
+    assert np.isfinite(water["charges"]).all()
+    assert len(water["orbital_charges"][0]) == 4
+    assert np.isfinite(strange["energy"])
+    assert not {"charges", "orbital_charges"} & strange.keys()
+    atoms = structures.sulfur_hexafluoride()
+    atoms.calc = OrbcalcCalculator(model)
+    with pytest.raises(PropertyNotImplementedError, match="charges"):
+        atoms.get_charges()
+    assert np.isfinite(atoms.get_forces()).all()
