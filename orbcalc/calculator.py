@@ -173,11 +173,9 @@ class OrbcalcCalculator(Calculator):
     def _updated_graph(self, atoms: Atoms) -> AtomGraph:
         """Return the graph; while its neighbour list is valid only positions are new."""
         charge_and_multiplicity(atoms)
-        if not self._skin_list.is_valid(atoms):
-            # Before the search: with a cell that is not finite, it would end the process.
-            # Between two builds atoms move less than the skin: time enough to notice an overlap.
-            check_structure(atoms)
-        neighbors = self._skin_list.update(atoms)
+        # Checked before each search, which a cell that is not finite would end the process in;
+        # between two of them atoms move less than the skin: time enough to notice an overlap.
+        neighbors = self._skin_list.update(atoms, check_structure)
         return AtomGraph.from_atoms(atoms, self.model.cutoff, neighbors)
 
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:

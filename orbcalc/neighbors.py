@@ -7,6 +7,7 @@ gather, because every edge i -> j knows the slot of its reverse j -> i. Nothing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,9 +112,14 @@ class SkinList:
         self._built_for: Atoms | None = None
         self._list: NeighborList | None = None
 
-    def update(self, atoms: Atoms) -> NeighborList:
-        """Return a list that holds every pair inside the cutoff (and some beyond)."""
-        if self._list is None or not self.is_valid(atoms):
+    def update(self, atoms: Atoms, check: Callable[[Atoms], object] | None = None) -> NeighborList:
+        """Return a list that holds every pair inside the cutoff (and some beyond).
+
+        `check` sees the atoms before each search; between two they move less than the skin.
+        """
+        if self._list is None or not self._is_valid(atoms):
+            if check is not None:
+                check(atoms)
             self._list = neighbor_list(atoms, self.cutoff + self.skin)
             self._built_for = Atoms(
                 numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc
@@ -121,8 +127,7 @@ class SkinList:
             self.n_builds += 1
         return self._list
 
-    def is_valid(self, atoms: Atoms) -> bool:
-        """Tell whether the list that is there would be returned; never for what is not finite."""
+    def _is_valid(self, atoms: Atoms) -> bool:
         built = self._built_for
         if (
             built is None

@@ -16,7 +16,7 @@ from orbcalc.errors import ConfigError
 from orbcalc.graph import AtomGraph
 from orbcalc.model.potential import Potential, Prediction
 
-__all__ = ["Calibration", "Committee", "CommitteePrediction"]
+__all__ = ["Calibration", "Committee", "CommitteePrediction", "joined_score"]
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,15 @@ def _spreads(predictions: Sequence[Prediction]) -> dict[str, Tensor]:
 
 def _score(rigidity: Tensor | None, spread: Tensor | None, weight: float) -> Tensor | None:
     """Return an uncertainty up to a factor; None if nothing is known."""
-    if spread is None:
-        return rigidity
-    if rigidity is None:
-        return spread
-    return (rigidity.double() ** 2 + (weight * spread.double()) ** 2).sqrt()
+    if rigidity is None or spread is None:
+        known = spread if rigidity is None else rigidity
+        return None if known is None else known.double()
+    return joined_score(rigidity.double(), spread.double(), weight)
+
+
+def joined_score(rigidity: Tensor, spread: Tensor, weight: float) -> Tensor:
+    """Return ``sqrt(rigidity² + (weight spread)²)``: what calibrations scale."""
+    return (rigidity**2 + (weight * spread) ** 2).sqrt()
 
 
 def _mean(values: Iterable[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orbcalc.model.committee import Calibration, Committee
+from orbcalc.model.committee import Calibration, Committee, joined_score
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.trainer import on_device
@@ -85,7 +85,7 @@ class _HeldOut:
     spread: Float[Tensor, "n 1"]
 
     def score(self, weight: float) -> Float[Tensor, "n 1"]:
-        return (self.rigidity**2 + (weight * self.spread) ** 2).sqrt()
+        return joined_score(self.rigidity, self.spread, weight)
 
 
 def _held_out(
