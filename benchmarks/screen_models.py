@@ -182,7 +182,7 @@ class PotentialOnPool:
             "output": str(self._last),
             "seed": self.seed,
             "potential": {"preset": "small", "xtb_head": "baseline" if self.cheap else "none"},
-            "tasks": {"forces": 0.0, "xtb_energy": 1.0 if self.cheap else 0.0},
+            "tasks": {"forces": 0.0},
             "optimizer": {"steps": self.steps, "evaluate_every": max(self.steps // 5, 1)},
             "start_from": None if before is None else str(before),
         }

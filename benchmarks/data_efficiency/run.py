@@ -29,8 +29,11 @@ from orbcalc.properties import XTB_ENERGY
 
 console = Console(soft_wrap=True, highlight=False)
 
-#: Weights of the cheap tasks that `--sweep` tries.
-SWEEP = (0.1, 1.0, 10.0)
+#: Weight of the cheap tasks: the package's own, where no forces are learned.
+WEIGHT = 10.0
+
+#: Those that `--sweep` tries.
+SWEEP = (1.0, 10.0, 100.0)
 
 #: ms per structure of a step where nothing was measured yet.
 _GUESS_MS = 1.5
@@ -143,7 +146,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         ]
     weights = _weights(options.out)
     return [
-        Run(arm, size, seed, weights.get(arm, 1.0))
+        Run(arm, size, seed, weights.get(arm, WEIGHT))
         for seed in options.seeds
         for size in options.sizes
         for arm in arms

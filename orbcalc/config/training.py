@@ -96,6 +96,11 @@ class PotentialConfig(StrictModel):
 REFERENCE_TASKS = ("energy", "forces", "stress")
 
 
+#: Weight of charges and of the GFN1-xTB energy where no forces are learned: energies alone say
+#: little about atoms. docs/data-efficiency.md has the measurements.
+_CHEAP_WEIGHT_WITHOUT_FORCES = 10.0
+
+
 class TaskWeights(StrictModel):
     """Weight of each task in the loss, on errors scaled to be of order one; 0 switches it off.
 
@@ -107,13 +112,26 @@ class TaskWeights(StrictModel):
     energy: float = Field(default=1.0, ge=0)
     forces: float = Field(default=30.0, ge=0)
     stress: float = Field(default=0.0, ge=0)
-    charges: float = Field(default=1.0, ge=0)
+    charges: float = Field(
+        default=1.0,
+        ge=0,
+        description=f"default: 1, or {_CHEAP_WEIGHT_WITHOUT_FORCES:g} where that of forces is 0",
+    )
     xtb_energy: float | None = Field(
-        default=None, ge=0, description="default: 1 with potential.xtb_head, otherwise 0"
+        default=None,
+        ge=0,
+        description="default: that of charges by default with potential.xtb_head, otherwise 0",
     )
     xtb_forces: float | None = Field(
         default=None, ge=0, description="default: that of forces with potential.xtb_head, or 0"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_forces(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("forces") == 0:
+            return {"charges": _CHEAP_WEIGHT_WITHOUT_FORCES, **data}
+        return data
 
     @model_validator(mode="after")
     def _some_task(self) -> TaskWeights:
@@ -220,8 +238,10 @@ class TrainConfig(StrictModel):
             asked_for = tasks.xtb_energy or tasks.xtb_forces
             head = "baseline" if asked_for or (cheap_only and tasks.xtb_energy != 0) else "none"
             potential = potential.model_copy(update={"xtb_head": head})
-        factor = 1.0 if potential.learns_xtb_energy else 0.0
-        weights = {"xtb_energy": factor, "xtb_forces": factor * tasks.forces}
+        weights = {"xtb_energy": 0.0, "xtb_forces": 0.0}
+        if potential.learns_xtb_energy:
+            energy = 1.0 if tasks.forces else _CHEAP_WEIGHT_WITHOUT_FORCES
+            weights = {"xtb_energy": energy, "xtb_forces": tasks.forces}
         left_open = {name: w for name, w in weights.items() if getattr(tasks, name) is None}
         tasks = tasks.model_copy(update=left_open)
         return self.model_copy(update={"potential": potential, "tasks": tasks})

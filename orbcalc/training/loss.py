@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,14 @@ from orbcalc.model.potential import Potential, Prediction
 from orbcalc.training.dataset import Targets
 from orbcalc.training.statistics import charge_targets
 
-__all__ = ["ErrorSums", "LossScales", "active_properties", "label_counts", "multitask_loss"]
+__all__ = [
+    "ErrorSums",
+    "LossScales",
+    "active_properties",
+    "label_counts",
+    "multitask_loss",
+    "on_labelled_baseline",
+]
 
 #: Å; docs/architecture.md shows what weights of the energy of this size do to force errors.
 ENERGY_LENGTH = 0.1
@@ -23,9 +31,10 @@ class LossScales:
     """Sizes that bring the errors of all tasks to order one.
 
     Energies are compared per atom: their error is divided by the spread of the energy per atom
-    in the training set, that of forces by their RMS, that of stress likewise. Where there are
-    forces, the energy's size is at least what they do over `ENERGY_LENGTH`: energies of one
-    molecule in motion differ so little that their noisy gradient would drown the forces.
+    in the training set (of what is left of it above a learned baseline), that of forces by their
+    RMS, that of stress likewise. Where there are forces, the energy's size is at least what they
+    do over `ENERGY_LENGTH`: energies of one molecule in motion differ so little that their noisy
+    gradient would drown the forces.
     """
 
     def __init__(self, potential: Potential, graphs: list[AtomGraph], targets: list[Targets]):
@@ -34,18 +43,25 @@ class LossScales:
 
         n_atoms = torch.tensor([graph.n_atoms for graph in graphs])
         elements = [potential.element_index[graph.numbers].cpu() for graph in graphs]
-        sizes = []
-        for name, references in (
-            ("", potential.reference_energies),
-            ("xtb_", potential.xtb_reference_energies),
-        ):
+
+        def bound(name: str, references: Tensor) -> Tensor:
+            """Return the mean energy of an atom beyond that of lone ones."""
             lone = torch.stack([references.cpu()[own].sum() for own in elements])
-            forces = joined(f"{name}forces")
-            energy = _spread((joined(f"{name}energy") - lone) / n_atoms, centred=True)
-            sizes += [energy, _spread(forces)]
-            if torch.isfinite(forces).any():
-                sizes[-2] = max(energy, ENERGY_LENGTH * sizes[-1])
-        self.energy, self.forces, self.xtb_energy, self.xtb_forces = sizes
+            return (joined(name) - lone) / n_atoms
+
+        energies = bound("energy", potential.reference_energies)
+        xtb_energies = bound("xtb_energy", potential.xtb_reference_energies)
+        self.energy = _spread(energies, centred=True)
+        differences = energies - xtb_energies
+        if potential.config.xtb_head == "baseline" and torch.isfinite(differences).any():
+            # Methods that agree leave little to learn, which must not make its error huge.
+            self.energy = max(_spread(differences, centred=True), 0.1 * self.energy)
+        self.forces, self.xtb_forces = _spread(joined("forces")), _spread(joined("xtb_forces"))
+        self.xtb_energy = _spread(xtb_energies, centred=True)
+        if torch.isfinite(joined("forces")).any():
+            self.energy = max(self.energy, ENERGY_LENGTH * self.forces)
+        if torch.isfinite(joined("xtb_forces")).any():
+            self.xtb_energy = max(self.xtb_energy, ENERGY_LENGTH * self.xtb_forces)
         self.stress = _spread(joined("stress"))
 
 
@@ -58,6 +74,19 @@ def label_counts(targets: Targets, config: PotentialConfig) -> dict[str, int]:
     """Count the numbers that each task is to learn."""
     wanted = {**vars(targets), "charges": charge_targets(targets.charges, config)}
     return {task: int(torch.isfinite(values).sum()) for task, values in wanted.items()}
+
+
+def on_labelled_baseline(prediction: Prediction, targets: Targets) -> Prediction:
+    """Return the energies that follow from the labelled GFN1-xTB energies, where there are any.
+
+    For training with a learned baseline: the difference head then learns the difference, and not
+    the errors that the GFN1-xTB head makes on these structures, which are others elsewhere.
+    """
+    if prediction.xtb_energy is None:
+        return prediction
+    errors = prediction.xtb_energy - targets.xtb_energy
+    errors = torch.where(torch.isfinite(targets.xtb_energy), errors, 0.0)
+    return replace(prediction, energy=prediction.energy - errors)
 
 
 def multitask_loss(

@@ -23,6 +23,7 @@ from orbcalc.training.loss import (
     active_properties,
     label_counts,
     multitask_loss,
+    on_labelled_baseline,
 )
 from orbcalc.training.state import TrainState
 
@@ -134,6 +135,8 @@ class Trainer:
         for graph, targets in parts:
             graph, targets = graph.to(self.device), targets.to(self.device)
             prediction = state.potential(graph, self.properties, create_graph=True)
+            if state.potential.config.xtb_head == "baseline":
+                prediction = on_labelled_baseline(prediction, targets)
             loss, terms = multitask_loss(
                 state.potential, prediction, graph, targets, self.config.tasks, scales, counts
             )

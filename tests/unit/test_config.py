@@ -266,11 +266,24 @@ def test_a_certificate_of_forces_needs_labels_of_forces() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "weight"),
+    [({}, 1), ({"forces": 0}, 10), ({"forces": 0.0, "charges": 2}, 2), ({"charges": 0}, 0)],
+)
+def test_charges_weigh_more_where_there_are_no_forces(
+    given: dict[str, float], weight: float
+) -> None:
+    config = parse_config(TRAIN | {"tasks": given}, TrainConfig, source="a test")
+    assert config.tasks.charges == weight
+    again = parse_config(config.model_dump(mode="json"), TrainConfig, source="a test")
+    assert again.tasks == config.tasks
+
+
+@pytest.mark.parametrize(
     ("given", "cheap_only", "head", "weights"),
     [
         ({}, False, "none", (0, 0)),
         ({}, True, "baseline", (1, 30)),
-        ({"tasks": {"forces": 0}}, True, "baseline", (1, 0)),
+        ({"tasks": {"forces": 0}}, True, "baseline", (10, 0)),
         ({"tasks": {"xtb_energy": 0}}, True, "none", (0, 0)),
         ({"tasks": {"xtb_energy": 2}}, False, "baseline", (2, 30)),
         ({"potential": {"xtb_head": "none"}}, True, "none", (0, 0)),

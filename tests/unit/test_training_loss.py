@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from conftest import MakePotential
 
 from orbcalc.config import TaskWeights
 from orbcalc.model.potential import Potential, Prediction
-from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS
+from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_ENERGY
 from orbcalc.training.dataset import LabelDataset
-from orbcalc.training.loss import ErrorSums, LossScales, active_properties, multitask_loss
+from orbcalc.training.loss import (
+    ErrorSums,
+    LossScales,
+    active_properties,
+    multitask_loss,
+    on_labelled_baseline,
+)
 
 TASKS = TaskWeights(energy=1, forces=1, charges=1)
 
@@ -123,6 +130,28 @@ def test_only_the_ratio_of_weights_counts(parts: tuple[LabelDataset, Potential])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
+def test_a_difference_is_learned_from_differences_of_labels(
+    labelled: list[Atoms], make_potential: MakePotential
+) -> None:
+    """Errors of the GFN1-xTB head are its own, where its label is known."""
+    potential = make_potential("none", xtb_head="baseline")
+    assert potential.xtb_head is not None
+    dataset = LabelDataset([labelled[0], without(labelled[1], XTB_ENERGY)], 4.0)
+    graph, targets = dataset.batch([0, 1])
+    prediction = potential(graph, ["xtb_energy"], create_graph=True)
+    found = on_labelled_baseline(prediction, targets).energy
+    difference = prediction.energy - prediction.xtb_energy
+    torch.testing.assert_close(found[0], difference[0] + targets.xtb_energy[0])
+    torch.testing.assert_close(found[1], prediction.energy[1])
+    heads = [potential.xtb_head.readout.weight, potential.energy_head.readout.weight]
+    for structure, reaches in enumerate((False, True)):
+        xtb, own = torch.autograd.grad(found[structure], heads, retain_graph=True)
+        assert bool((xtb.abs() > 1e-6).any()) == reaches
+        assert bool((own.abs() > 1e-6).any())
+    without_head = make_potential("none")(graph, [])
+    assert on_labelled_baseline(without_head, targets) is without_head
+
+
 def test_scales_are_those_of_the_labels(labelled: list[Atoms], potential: Potential) -> None:
     dataset = LabelDataset(labelled, potential.config.cutoff)
     scales = LossScales(potential, dataset.graphs, dataset.targets)
@@ -131,6 +160,28 @@ def test_scales_are_those_of_the_labels(labelled: list[Atoms], potential: Potent
     bare = LabelDataset([without(labelled[0], REF_ENERGY, REF_FORCES)], 4.0)
     empty = LossScales(potential, bare.graphs, bare.targets)
     assert (empty.energy, empty.forces, empty.stress) == (1.0, 1.0, 1.0)
+
+
+def test_the_energy_above_a_baseline_has_the_size_of_the_differences(
+    labelled: list[Atoms], make_potential: MakePotential
+) -> None:
+    """But methods that agree do not make the loss of the energy huge."""
+    energies_alone = [without(atoms, REF_FORCES) for atoms in labelled]
+    n_atoms = np.array([len(atoms) for atoms in labelled])
+    own = np.array([atoms.info[XTB_ENERGY] for atoms in labelled])
+
+    def scale(differences: np.ndarray, head: str) -> float:
+        structures = [atoms.copy() for atoms in energies_alone]
+        for atoms, energy in zip(structures, own + differences, strict=True):
+            atoms.info[REF_ENERGY] = energy
+        potential = make_potential("none", xtb_head=head)
+        potential._reference_energies = potential.xtb_reference_energies
+        dataset = LabelDataset(structures, 4.0)
+        return LossScales(potential, dataset.graphs, dataset.targets).energy
+
+    differences = n_atoms * np.linspace(-1, 1, len(labelled))
+    assert scale(differences, "baseline") == pytest.approx((differences / n_atoms).std())
+    assert scale(0 * differences, "baseline") == pytest.approx(0.1 * scale(0 * differences, "task"))
 
 
 def test_errors_are_means_over_the_labels_that_are_there(
