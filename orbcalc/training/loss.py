@@ -31,10 +31,10 @@ class LossScales:
     """Sizes that bring the errors of all tasks to order one.
 
     Energies are compared per atom: their error is divided by the spread of the energy per atom
-    in the training set (of what is left of it above a learned baseline), that of forces by their
-    RMS, that of stress likewise. Where there are forces, the energy's size is at least what they
-    do over `ENERGY_LENGTH`: energies of one molecule in motion differ so little that their noisy
-    gradient would drown the forces.
+    in the training set, that of forces by their RMS, that of stress likewise; with a learned
+    baseline, by those of what is left above it. Where there are forces, the energy's size is at
+    least what they do over `ENERGY_LENGTH`: energies of one molecule in motion differ so little
+    that their noisy gradient would drown the forces.
     """
 
     def __init__(self, potential: Potential, graphs: list[AtomGraph], targets: list[Targets]):
@@ -51,13 +51,12 @@ class LossScales:
 
         energies = bound("energy", potential.reference_energies)
         xtb_energies = bound("xtb_energy", potential.xtb_reference_energies)
-        self.energy = _spread(energies, centred=True)
-        differences = energies - xtb_energies
-        if potential.config.xtb_head == "baseline" and torch.isfinite(differences).any():
-            # Methods that agree leave little to learn, which must not make its error huge.
-            self.energy = max(_spread(differences, centred=True), 0.1 * self.energy)
-        self.forces, self.xtb_forces = _spread(joined("forces")), _spread(joined("xtb_forces"))
+        self.energy, self.forces = _spread(energies, centred=True), _spread(joined("forces"))
+        if potential.config.xtb_head == "baseline":
+            self.energy = _spread_above(energies, xtb_energies, centred=True)
+            self.forces = _spread_above(joined("forces"), joined("xtb_forces"))
         self.xtb_energy = _spread(xtb_energies, centred=True)
+        self.xtb_forces = _spread(joined("xtb_forces"))
         if torch.isfinite(joined("forces")).any():
             self.energy = max(self.energy, ENERGY_LENGTH * self.forces)
         if torch.isfinite(joined("xtb_forces")).any():
@@ -77,16 +76,19 @@ def label_counts(targets: Targets, config: PotentialConfig) -> dict[str, int]:
 
 
 def on_labelled_baseline(prediction: Prediction, targets: Targets) -> Prediction:
-    """Return the energies that follow from the labelled GFN1-xTB energies, where there are any.
+    """Return energies and forces above the labelled GFN1-xTB ones instead of the predicted ones.
 
     For training with a learned baseline: the difference head then learns the difference, and not
     the errors that the GFN1-xTB head makes on these structures, which are others elsewhere.
+    Where a GFN1-xTB label is missing nothing changes.
     """
-    if prediction.xtb_energy is None:
-        return prediction
-    errors = prediction.xtb_energy - targets.xtb_energy
-    errors = torch.where(torch.isfinite(targets.xtb_energy), errors, 0.0)
-    return replace(prediction, energy=prediction.energy - errors)
+    found = {}
+    for name in ("energy", "forces"):
+        own, xtb = getattr(prediction, name), getattr(prediction, f"xtb_{name}")
+        if own is not None and xtb is not None:
+            label = getattr(targets, f"xtb_{name}")
+            found[name] = own - torch.where(torch.isfinite(label), xtb - label, 0.0)
+    return replace(prediction, **found)
 
 
 def multitask_loss(
@@ -180,6 +182,15 @@ def _mean_error(
     # Select, do not multiply by zero: NaN times zero is NaN in the gradient.
     scaled = ((output - targets) / scale)[labelled]
     return (torch.sqrt(1 + scaled**2) - 1).sum() / max(len(scaled) if count is None else count, 1)
+
+
+def _spread_above(values: Tensor, baseline: Tensor, *, centred: bool = False) -> float:
+    """Return the spread of what is left above a baseline, where both are known."""
+    own, left = _spread(values, centred=centred), values - baseline
+    if not torch.isfinite(left).any():
+        return own
+    # Methods that agree leave little to learn, which must not make its error huge.
+    return max(_spread(left, centred=centred), 0.1 * own)
 
 
 def _spread(values: Tensor, *, centred: bool = False) -> float:

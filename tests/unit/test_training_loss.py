@@ -13,7 +13,7 @@ from conftest import MakePotential
 
 from orbcalc.config import TaskWeights
 from orbcalc.model.potential import Potential, Prediction
-from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_ENERGY
+from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_ENERGY, XTB_FORCES
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.loss import (
     ErrorSums,
@@ -136,20 +136,25 @@ def test_a_difference_is_learned_from_differences_of_labels(
     """Errors of the GFN1-xTB head are its own, where its label is known."""
     potential = make_potential("none", xtb_head="baseline")
     assert potential.xtb_head is not None
-    dataset = LabelDataset([labelled[0], without(labelled[1], XTB_ENERGY)], 4.0)
+    dataset = LabelDataset([labelled[0], without(labelled[1], XTB_ENERGY, XTB_FORCES)], 4.0)
     graph, targets = dataset.batch([0, 1])
-    prediction = potential(graph, ["xtb_energy"], create_graph=True)
-    found = on_labelled_baseline(prediction, targets).energy
-    difference = prediction.energy - prediction.xtb_energy
-    torch.testing.assert_close(found[0], difference[0] + targets.xtb_energy[0])
-    torch.testing.assert_close(found[1], prediction.energy[1])
+    prediction = potential(graph, ["forces", "xtb_energy", "xtb_forces"], create_graph=True)
+    found = on_labelled_baseline(prediction, targets)
     heads = [potential.xtb_head.readout.weight, potential.energy_head.readout.weight]
-    for structure, reaches in enumerate((False, True)):
-        xtb, own = torch.autograd.grad(found[structure], heads, retain_graph=True)
-        assert bool((xtb.abs() > 1e-6).any()) == reaches
-        assert bool((own.abs() > 1e-6).any())
+    owners = {"energy": torch.arange(2), "forces": graph.structure_index}
+    for name, owner in owners.items():
+        own, xtb = getattr(prediction, name), getattr(prediction, f"xtb_{name}")
+        label, value = getattr(targets, f"xtb_{name}"), getattr(found, name)
+        first, second = owner == 0, owner == 1
+        torch.testing.assert_close(value[first], (own - xtb + label)[first])
+        torch.testing.assert_close(value[second], own[second])
+        for part, reaches in ((first, False), (second, True)):
+            size = value[part].pow(2).sum()
+            gradients = torch.autograd.grad(size, heads, retain_graph=True)
+            moved = [bool((gradient.abs() > 1e-6).any()) for gradient in gradients]
+            assert moved == [reaches, True]
     without_head = make_potential("none")(graph, [])
-    assert on_labelled_baseline(without_head, targets) is without_head
+    assert on_labelled_baseline(without_head, targets) == without_head
 
 
 def test_scales_are_those_of_the_labels(labelled: list[Atoms], potential: Potential) -> None:
