@@ -264,7 +264,7 @@ def _test(options: argparse.Namespace, model: Model) -> dict[str, Any]:
         worker.ask("load_structures", path="test.extxyz")
         worker.ask("predict", path="predictions.extxyz")
         versions = worker.ask("describe")
-    errors = _errors(
+    errors = test_errors(
         list(ase.io.iread(options.out / "test.extxyz", ":")),
         list(ase.io.iread(options.out / "predictions.extxyz", ":")),
     )
@@ -276,7 +276,7 @@ def _test(options: argparse.Namespace, model: Model) -> dict[str, Any]:
     }
 
 
-def _errors(labelled: Sequence[Atoms], predicted: Sequence[Atoms]) -> dict[str, float]:
+def test_errors(labelled: Sequence[Atoms], predicted: Sequence[Atoms]) -> dict[str, float]:
     """Return MAE and RMSE: energies in meV and meV/atom, force components in meV/Å."""
     pairs = list(zip(labelled, predicted, strict=True))
     energy = np.array([p.info["predicted_energy"] - a.info[REF_ENERGY] for a, p in pairs])

@@ -167,6 +167,21 @@ def test_scales_are_those_of_the_labels(labelled: list[Atoms], potential: Potent
     assert (empty.energy, empty.forces, empty.stress) == (1.0, 1.0, 1.0)
 
 
+def test_forces_above_a_baseline_have_the_size_of_the_differences(
+    labelled: list[Atoms], make_potential: MakePotential
+) -> None:
+    dataset = LabelDataset(labelled, 4.0)
+    sizes = {
+        head: LossScales(make_potential("none", xtb_head=head), dataset.graphs, dataset.targets)
+        for head in ("task", "baseline")
+    }
+    left = [atoms.arrays[REF_FORCES] - atoms.arrays[XTB_FORCES] for atoms in labelled]
+    rms = np.sqrt((np.concatenate(left) ** 2).mean())
+    assert sizes["baseline"].forces == pytest.approx(rms)
+    assert sizes["task"].forces > 2 * rms
+    assert sizes["task"].xtb_forces == sizes["baseline"].xtb_forces
+
+
 def test_the_energy_above_a_baseline_has_the_size_of_the_differences(
     labelled: list[Atoms], make_potential: MakePotential
 ) -> None:
