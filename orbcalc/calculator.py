@@ -58,7 +58,8 @@ class OrbcalcCalculator(Calculator):
     Parameters
     ----------
     model
-        Path of a ``.orbcalc`` file, or a committee that is loaded already.
+        Path of a ``.orbcalc`` file, or a committee that is loaded already, which stays where and
+        as precise as it is.
     device
         "auto" is the GPU where there is one.
     dtype
@@ -351,9 +352,11 @@ def _as_atoms(structure: Any) -> Atoms:
         return structure
     if hasattr(structure, "to_ase_atoms"):  # pymatgen's Structure and Molecule
         atoms: Atoms = structure.to_ase_atoms()
-        if hasattr(structure, "spin_multiplicity") and CHARGE_KEY not in atoms.info:
-            # Of a molecule; they come as attributes of the atoms, which nothing else reads.
-            stated = {CHARGE_KEY: structure.charge, SPIN_KEY: structure.spin_multiplicity}
+        if CHARGE_KEY not in atoms.info:
+            # pymatgen leaves these out, or makes them attributes, which nothing else reads.
+            stated = {CHARGE_KEY: structure.charge}
+            if hasattr(structure, "spin_multiplicity"):  # only molecules have one
+                stated[SPIN_KEY] = structure.spin_multiplicity
             atoms.info = {**stated, **atoms.info}
         return atoms
     raise StructureError(

@@ -502,6 +502,18 @@ def test_a_charged_molecule_of_pymatgen(single):
     np.testing.assert_allclose(found[0]["charges"].sum(), 1.0, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:Structure charge:UserWarning")
+def test_a_charged_crystal_of_pymatgen(single):
+    structure = pytest.importorskip("pymatgen.core").Structure
+    crystal = structures.rock_salt()
+    made = structure(crystal.cell[:], crystal.symbols, crystal.get_scaled_positions(), charge=1)
+    crystal.info["charge"] = 1
+    (found,), (expected,) = predict(single, [made]), predict(single, [crystal])
+    np.testing.assert_allclose(found["energy"], expected["energy"], rtol=1e-12)
+    crystal.info["charge"] = 0
+    assert found["energy"] != predict(single, [crystal])[0]["energy"]
+
+
 def test_what_is_no_structure(single):
     with pytest.raises(StructureError, match=r"cannot predict a dict: give ase\.Atoms"):
         predict(single, [{"positions": []}])
