@@ -28,7 +28,8 @@ def label(
     reference: Annotated[
         str,
         typer.Option(
-            help="GFN2-xTB, pyscf, file, an ASE calculator 'package.module:Name', or 'none'."
+            help="GFN2-xTB, pyscf, an ASE calculator 'package.module:Name', 'file' (keep the "
+            "REF_ labels that the files have), or 'none' (leave them out)."
         ),
     ] = "GFN2-xTB",
     arguments: Annotated[
