@@ -30,10 +30,10 @@ from orbcalc.properties import XTB_ENERGY
 console = Console(soft_wrap=True, highlight=False)
 
 #: Weight of the cheap tasks: the package's own, where no forces are learned.
-WEIGHT = 10.0
+WEIGHT = 30.0
 
 #: Those that `--sweep` tries.
-SWEEP = (1.0, 10.0, 100.0)
+SWEEP = (3.0, 10.0, 30.0, 100.0)
 
 #: ms per structure of a step where nothing was measured yet.
 _GUESS_MS = 1.5

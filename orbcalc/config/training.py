@@ -98,7 +98,7 @@ REFERENCE_TASKS = ("energy", "forces", "stress")
 
 #: Weight of charges and of the GFN1-xTB energy where no forces are learned: energies alone say
 #: little about atoms. docs/data-efficiency.md has the measurements.
-_CHEAP_WEIGHT_WITHOUT_FORCES = 10.0
+_CHEAP_WEIGHT_WITHOUT_FORCES = 30.0
 
 
 class TaskWeights(StrictModel):

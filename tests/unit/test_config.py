@@ -267,7 +267,7 @@ def test_a_certificate_of_forces_needs_labels_of_forces() -> None:
 
 @pytest.mark.parametrize(
     ("given", "weight"),
-    [({}, 1), ({"forces": 0}, 10), ({"forces": 0.0, "charges": 2}, 2), ({"charges": 0}, 0)],
+    [({}, 1), ({"forces": 0}, 30), ({"forces": 0.0, "charges": 2}, 2), ({"charges": 0}, 0)],
 )
 def test_charges_weigh_more_where_there_are_no_forces(
     given: dict[str, float], weight: float
@@ -283,7 +283,7 @@ def test_charges_weigh_more_where_there_are_no_forces(
     [
         ({}, False, "none", (0, 0)),
         ({}, True, "baseline", (1, 30)),
-        ({"tasks": {"forces": 0}}, True, "baseline", (10, 0)),
+        ({"tasks": {"forces": 0}}, True, "baseline", (30, 0)),
         ({"tasks": {"xtb_energy": 0}}, True, "none", (0, 0)),
         ({"tasks": {"xtb_energy": 2}}, False, "baseline", (2, 30)),
         ({"potential": {"xtb_head": "none"}}, True, "none", (0, 0)),
