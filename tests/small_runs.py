@@ -194,7 +194,7 @@ def label_rows(path: Path) -> dict[str, tuple[float, float]]:
         "WHERE t.key = 'structure_key'"
     )
     try:
-        with closing(connect(f"file:{path}?mode=ro", uri=True)) as database:
+        with closing(connect(f"file:{path}?mode=rw", uri=True)) as database:
             return {key: (ctime, mtime) for key, ctime, mtime in database.execute(query)}
     except OperationalError:  # it is being made or written
         return {}
