@@ -32,12 +32,19 @@ class LossScales:
 
     Energies are compared per atom: their error is divided by the spread of the energy per atom
     in the training set, that of forces by their RMS, that of stress likewise; with a learned
-    baseline, by those of what is left above it. Where there are forces, the energy's size is at
-    least what they do over `ENERGY_LENGTH`: energies of one molecule in motion differ so little
-    that their noisy gradient would drown the forces.
+    baseline, by those of what is left above it. Where forces are learned too, the size of the
+    energy is what they do over `ENERGY_LENGTH`. Its spread is no measure there: energies of one
+    molecule in motion differ so little that their noisy gradient would drown the forces, those
+    of unlike cells so much that nothing would be learned from them.
     """
 
-    def __init__(self, potential: Potential, graphs: list[AtomGraph], targets: list[Targets]):
+    def __init__(
+        self,
+        potential: Potential,
+        graphs: list[AtomGraph],
+        targets: list[Targets],
+        tasks: TaskWeights,
+    ):
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(target, name).flatten() for target in targets])
 
@@ -57,10 +64,10 @@ class LossScales:
             self.forces = _spread_above(joined("forces"), joined("xtb_forces"))
         self.xtb_energy = _spread(xtb_energies, centred=True)
         self.xtb_forces = _spread(joined("xtb_forces"))
-        if torch.isfinite(joined("forces")).any():
-            self.energy = max(self.energy, ENERGY_LENGTH * self.forces)
-        if torch.isfinite(joined("xtb_forces")).any():
-            self.xtb_energy = max(self.xtb_energy, ENERGY_LENGTH * self.xtb_forces)
+        if "forces" in tasks.active and torch.isfinite(joined("forces")).any():
+            self.energy = _beside_forces(self.energy, self.forces)
+        if "xtb_forces" in tasks.active and torch.isfinite(joined("xtb_forces")).any():
+            self.xtb_energy = _beside_forces(self.xtb_energy, self.xtb_forces)
         self.stress = _spread(joined("stress"))
 
 
@@ -191,6 +198,11 @@ def _spread_above(values: Tensor, baseline: Tensor, *, centred: bool = False) ->
         return own
     # Methods that agree leave little to learn, which must not make its error huge.
     return max(_spread(left, centred=centred), 0.1 * own)
+
+
+def _beside_forces(energy: float, forces: float) -> float:
+    # Relaxed structures alone have next to no forces, which must not make the error huge.
+    return max(ENERGY_LENGTH * forces, 0.1 * energy)
 
 
 def _spread(values: Tensor, *, centred: bool = False) -> float:

@@ -109,7 +109,9 @@ class Trainer:
             logger.info("going on from step %d of %s", state.step, self.state_path)
         else:
             state = TrainState.start(make_potential().to(self.device), options)
-        scales = LossScales(state.potential, self.train.graphs, self.train.targets)
+        scales = LossScales(
+            state.potential, self.train.graphs, self.train.targets, self.config.tasks
+        )
         saved = time.monotonic()
         while state.step < options.steps and not self._is_over(state):
             self._step(state, scales)

@@ -59,7 +59,7 @@ def test_absent_labels_have_no_gradient_and_no_nan(
 ) -> None:
     dataset, potential = parts
     graph, targets, prediction = predict(potential, dataset)
-    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
     loss, terms = multitask_loss(potential, prediction, graph, targets, TASKS, scales)
     gradients = torch.autograd.grad(
         loss, [p for p in potential.parameters() if p.requires_grad], allow_unused=True
@@ -87,7 +87,7 @@ def test_a_task_without_labels_in_the_batch_contributes_nothing(
     bare = [without(labelled[0], REF_ENERGY, REF_FORCES, XTB_BLOCKS)]
     dataset = LabelDataset(bare, potential.config.cutoff)
     graph, targets, prediction = predict(potential, dataset)
-    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
     loss, _ = multitask_loss(potential, prediction, graph, targets, TASKS, scales)
     assert float(loss.detach()) == 0.0
 
@@ -97,7 +97,7 @@ def test_the_loss_is_quadratic_near_zero_and_linear_far_away(
 ) -> None:
     dataset = LabelDataset(labelled[:1], potential.config.cutoff)
     graph, targets = dataset.batch([0])
-    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
     scales.energy = 0.5
     tasks = TaskWeights(forces=0, charges=0)
 
@@ -113,7 +113,7 @@ def test_the_loss_is_quadratic_near_zero_and_linear_far_away(
 def test_only_the_ratio_of_weights_counts(parts: tuple[LabelDataset, Potential]) -> None:
     dataset, potential = parts
     graph, targets, prediction = predict(potential, dataset)
-    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
     losses = [
         float(
             multitask_loss(
@@ -159,11 +159,11 @@ def test_a_difference_is_learned_from_differences_of_labels(
 
 def test_scales_are_those_of_the_labels(labelled: list[Atoms], potential: Potential) -> None:
     dataset = LabelDataset(labelled, potential.config.cutoff)
-    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
     forces = np.concatenate([atoms.arrays[REF_FORCES].ravel() for atoms in labelled])
     assert scales.forces == pytest.approx(np.sqrt((forces**2).mean()))
     bare = LabelDataset([without(labelled[0], REF_ENERGY, REF_FORCES)], 4.0)
-    empty = LossScales(potential, bare.graphs, bare.targets)
+    empty = LossScales(potential, bare.graphs, bare.targets, TASKS)
     assert (empty.energy, empty.forces, empty.stress) == (1.0, 1.0, 1.0)
 
 
@@ -172,7 +172,9 @@ def test_forces_above_a_baseline_have_the_size_of_the_differences(
 ) -> None:
     dataset = LabelDataset(labelled, 4.0)
     sizes = {
-        head: LossScales(make_potential("none", xtb_head=head), dataset.graphs, dataset.targets)
+        head: LossScales(
+            make_potential("none", xtb_head=head), dataset.graphs, dataset.targets, TASKS
+        )
         for head in ("task", "baseline")
     }
     left = [atoms.arrays[REF_FORCES] - atoms.arrays[XTB_FORCES] for atoms in labelled]
@@ -197,11 +199,39 @@ def test_the_energy_above_a_baseline_has_the_size_of_the_differences(
         potential = make_potential("none", xtb_head=head)
         potential._reference_energies = potential.xtb_reference_energies
         dataset = LabelDataset(structures, 4.0)
-        return LossScales(potential, dataset.graphs, dataset.targets).energy
+        return LossScales(potential, dataset.graphs, dataset.targets, TASKS).energy
 
     differences = n_atoms * np.linspace(-1, 1, len(labelled))
     assert scale(differences, "baseline") == pytest.approx((differences / n_atoms).std())
     assert scale(0 * differences, "baseline") == pytest.approx(0.1 * scale(0 * differences, "task"))
+
+
+def test_beside_forces_the_size_of_the_energy_follows_them(
+    labelled: list[Atoms], make_potential: MakePotential
+) -> None:
+    """However far apart energies are; but without forces to learn, it is their spread."""
+
+    def scales(spread: float, forces: float, tasks: TaskWeights) -> LossScales:
+        structures = [atoms.copy() for atoms in labelled]
+        steps = np.linspace(-1, 1, len(labelled))
+        for atoms, step in zip(structures, steps / steps.std() * spread, strict=True):
+            for energy, key in ((REF_ENERGY, REF_FORCES), (XTB_ENERGY, XTB_FORCES)):
+                atoms.info[energy] = len(atoms) * step
+                atoms.arrays[key] = np.full((len(atoms), 3), forces)
+        potential = make_potential("none", xtb_head="task")
+        for buffer in (potential._reference_energies, potential._xtb_reference_energies):
+            buffer.zero_()
+        dataset = LabelDataset(structures, 4.0)
+        return LossScales(potential, dataset.graphs, dataset.targets, tasks)
+
+    learned = TaskWeights(forces=1, xtb_forces=1, charges=0)
+    for spread in (0.01, 0.1, 0.9):
+        found = scales(spread, 2.0, learned)
+        assert found.energy == found.xtb_energy == pytest.approx(0.1 * 2.0)
+    relaxed = scales(0.5, 0.01, learned)
+    assert relaxed.energy == relaxed.xtb_energy == pytest.approx(0.1 * 0.5)
+    unlearned = scales(0.5, 2.0, TaskWeights(forces=0, xtb_forces=0))
+    assert unlearned.energy == unlearned.xtb_energy == pytest.approx(0.5)
 
 
 def test_errors_are_means_over_the_labels_that_are_there(
@@ -231,7 +261,7 @@ def test_a_nan_prediction_makes_loss_and_errors_nan(
     dataset, potential = parts
     graph, targets, prediction = predict(potential, dataset)
     broken = replace(prediction, energy=prediction.energy * torch.nan)
-    scales = LossScales(potential, dataset.graphs, dataset.targets)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
     loss, _ = multitask_loss(potential, broken, graph, targets, TASKS, scales)
     assert math.isnan(float(loss.detach()))
     sums = ErrorSums()

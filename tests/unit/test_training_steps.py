@@ -99,7 +99,8 @@ def test_parts_add_up_to_the_whole_step(
         )
         potential = make_potential(xtb_head="baseline").requires_grad_(True)
         state = TrainState.start(potential, trainer.config.optimizer)
-        trainer._step(state, LossScales(potential, trainer.train.graphs, trainer.train.targets))
+        train, tasks = trainer.train, trainer.config.tasks
+        trainer._step(state, LossScales(potential, train.graphs, train.targets, tasks))
         found.append([p.grad for p in state.potential.parameters() if p.grad is not None])
     assert max(float(gradient.abs().max()) for gradient in found[0]) > 1e-3
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)

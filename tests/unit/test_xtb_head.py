@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from conftest import MakePotential
 
-from orbcalc.config import PotentialConfig
+from orbcalc.config import PotentialConfig, TaskWeights
 from orbcalc.graph import AtomGraph
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
@@ -112,10 +112,11 @@ def test_xtb_forces_are_those_of_the_xtb_energy(make_potential: MakePotential) -
 
 def test_scales_of_the_loss(labelled: list[Atoms], make_potential: MakePotential) -> None:
     dataset = LabelDataset(labelled, 4.0)
-    scales = LossScales(make_potential(xtb_head="task"), dataset.graphs, dataset.targets)
+    tasks = TaskWeights(forces=1, xtb_forces=1)
+    scales = LossScales(make_potential(xtb_head="task"), dataset.graphs, dataset.targets, tasks)
     forces = torch.cat([targets.xtb_forces.flatten() for targets in dataset.targets])
     assert scales.xtb_forces == pytest.approx(float(forces.pow(2).mean().sqrt()))
-    assert scales.xtb_energy >= 0.1 * scales.xtb_forces
+    assert scales.xtb_energy == pytest.approx(0.1 * scales.xtb_forces)
 
 
 def test_a_model_file_keeps_both(make_potential: MakePotential, tmp_path: Path) -> None:
