@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from orbcalc.errors import StructureError
 from orbcalc.graph import AtomGraph
+from orbcalc.labels.baseline import BaselineWorker, Outcome, labelled_baseline
+from orbcalc.labels.label import Values
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee, CommitteePrediction
 from orbcalc.model.compiled import compiled
@@ -54,6 +57,9 @@ _NEEDED = {
 
 class OrbcalcCalculator(Calculator):
     """ASE calculator around a model file.
+
+    Where the model is a difference from GFN1-xTB (``potential: {baseline: GFN1-xTB}``), tblite
+    computes that in a process of its own.
 
     Parameters
     ----------
@@ -116,6 +122,8 @@ class OrbcalcCalculator(Calculator):
         self._compile = compile
         self._compiled: Committee | None = None
         self._skin_list = SkinList(self.model.cutoff, skin)
+        self._baseline = baseline_worker(self.model, self.metadata)
+        self._below: Values = {}
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what has changed since the last calculation, charge and spin included."""
@@ -137,11 +145,13 @@ class OrbcalcCalculator(Calculator):
         Raises
         ------
         StructureError, UnsupportedElementError
-            If the structure cannot be computed with this model.
+            If the structure cannot be computed with this model, or with its baseline.
         PropertyNotImplementedError
             If the model has no such property, or the structure no volume for a stress.
         """
         super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
+        if system_changes:
+            self._below = {}
         current = self.atoms
         assert current is not None
         graph = self._updated_graph(current).to(self._device)
@@ -151,6 +161,10 @@ class OrbcalcCalculator(Calculator):
             wanted.add("forces")  # energies alone would be compiled once more
         prediction = self._network(graph)(graph, sorted(wanted))
         (found,) = _results(prediction, graph, self.model, properties)
+        if self._baseline is not None:
+            if not self._below:
+                (self._below,) = _raised(self._baseline.compute([current]))
+            found = _added(found, self._below)
         self.results = found if system_changes else {**self.results, **found}
 
     def export_properties(self) -> Properties:
@@ -193,6 +207,7 @@ def predict(
     device: str = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     on_error: Literal["raise", "skip"] = "raise",
+    baseline: Literal["compute", "labels"] = "compute",
 ) -> list[Results]:
     """Predict many structures in batches.
 
@@ -207,6 +222,10 @@ def predict(
         uncertainties are always there.
     on_error
         "raise", or "skip": a structure that cannot be computed has an empty result.
+    baseline
+        Where GFN1-xTB comes from if the model is a difference from it. "labels": from
+        ``GFN1_energy`` and ``GFN1_forces`` of structures that have not moved since they were
+        labelled; there is no stress then.
 
     Returns
     -------
@@ -219,6 +238,8 @@ def predict(
     ------
     StructureError, UnsupportedElementError
         If a structure cannot be computed and `on_error` is "raise".
+    MissingLabelError
+        If it lacks the labels of the baseline, and `on_error` is "raise".
     PropertyNotImplementedError
         If there is no such property, or the model was not trained for it.
     """
@@ -227,7 +248,7 @@ def predict(
         raise PropertyNotImplementedError(
             f"there is no property {unknown[0]!r}; known are {', '.join(sorted(PREDICTED))}"
         )
-    committee, _ = open_model(model, device=device, dtype=dtype)
+    committee, metadata = open_model(model, device=device, dtype=dtype)
     _refuse_unlearned(committee, properties)
     atoms_list = [_as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
@@ -238,6 +259,12 @@ def predict(
         found = _results(prediction, joined, committee, properties)
         for item, result in zip(batch, found, strict=True):
             results[item.index] = result
+    if committee.first.config.baseline == "none":
+        return results
+    known = [index for index, result in enumerate(results) if result]
+    below = _below(committee, metadata, [atoms_list[index] for index in known], baseline)
+    for index, values in zip(known, below if on_error == "skip" else _raised(below), strict=True):
+        results[index] = {} if isinstance(values, Exception) else _added(results[index], values)
     return results
 
 
@@ -248,6 +275,51 @@ def open_model(
     if isinstance(model, Committee):
         return model, {}
     return load_model(model, device=resolve_device(device), dtype=getattr(torch, dtype))
+
+
+def baseline_worker(model: Committee, metadata: Mapping[str, Any]) -> BaselineWorker | None:
+    """Return what computes the baseline of a model, if it has one; see `open_model`.
+
+    Raises
+    ------
+    LabelConflictError
+        If the program behind it is not the one that the model was trained with.
+    """
+    if model.first.config.baseline == "none":
+        return None
+    return BaselineWorker(trained_with=(metadata.get("labels") or {}).get("charges"))
+
+
+def _below(
+    model: Committee, metadata: Mapping[str, Any], structures: Sequence[Atoms], source: str
+) -> Iterator[Outcome]:
+    worker = None if source == "labels" else baseline_worker(model, metadata)
+    if worker is None:
+        yield from labelled_baseline(structures)
+    else:
+        with closing(worker):
+            yield from worker.compute(structures)
+
+
+def _raised(outcomes: Iterable[Outcome]) -> Iterator[Values]:
+    """Raise the first failure."""
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+        yield outcome
+
+
+def _added(results: Results, below: Values) -> Results:
+    """Return results above a baseline as total ones, as far as the baseline is known."""
+    totals = {name: name.removeprefix("free_") for name in ("energy", "free_energy", "forces")}
+    totals["stress"] = "stress"
+    found = dict(results)
+    for name, source in totals.items():
+        if name in found and source in below:
+            found[name] = found[name] + below[source]
+        elif name in found:
+            del found[name]
+    return found
 
 
 def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from orbcalc.properties import CHARGE_KEY, SPIN_KEY
 __all__ = [
     "charge_and_multiplicity",
     "check_structure",
+    "geometry",
     "hold_out",
     "multiplicity_is_possible",
     "read_structures",
@@ -156,6 +157,14 @@ def _closest_overlap(atoms: Atoms) -> tuple[int, int, float]:
         return 0, 0, np.inf
     closest = int(np.argmin(distances))
     return int(pairs[closest, 0]), int(pairs[closest, 1]), float(distances[closest])
+
+
+def geometry(atoms: Atoms) -> Atoms:
+    """Copy what energies depend on: elements, geometry, total charge and multiplicity."""
+    info = {key: atoms.info[key] for key in (CHARGE_KEY, SPIN_KEY) if key in atoms.info}
+    return Atoms(
+        numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=info
+    )
 
 
 def structure_key(atoms: Atoms) -> str:

@@ -15,12 +15,13 @@ from ase import Atoms
 from sets import DFT_CHARGES
 
 from orbcalc.orbitals import BLOCK_DIM, SLOTS, atomic_charges
-from orbcalc.properties import REF_ENERGY, XTB_BLOCKS, XTB_ENERGY, XTB_SHELLS
+from orbcalc.properties import XTB_BLOCKS, XTB_SHELLS
 
-__all__ = ["ARMS", "FAMILIES", "Arm", "shuffle_blocks", "subtract_gfn1"]
+__all__ = ["ARMS", "FAMILIES", "Arm", "shuffle_blocks"]
 
 EQUIVARIANT = {"charge_head": "equivariant"}
 INVARIANT = {"charge_head": "invariant"}
+COMPUTED = {"baseline": "GFN1-xTB"}
 
 
 def atoms_only(atoms: Atoms) -> None:
@@ -65,13 +66,6 @@ def shuffle_blocks(structures: Sequence[Atoms], seed: int) -> None:
         atoms.arrays[XTB_BLOCKS] = part
 
 
-def subtract_gfn1(atoms: Atoms) -> None:
-    """Let the energy be its difference from GFN1-xTB; none where that has no label."""
-    energy = atoms.info.pop(REF_ENERGY, None)
-    if energy is not None and XTB_ENERGY in atoms.info:
-        atoms.info[REF_ENERGY] = energy - atoms.info[XTB_ENERGY]
-
-
 @dataclass(frozen=True)
 class Arm:
     """What one arm learns, and from what."""
@@ -88,10 +82,13 @@ class Arm:
     dft: bool = False
     """Its charges are expensive labels, too."""
     shuffled: bool = False
-    delta: bool = False
-    """Learn the difference from GFN1-xTB, which is then computed at inference."""
     reads_charges: bool = False
     """The energy head reads the predicted charges."""
+
+    @property
+    def needs_xtb(self) -> bool:
+        """Whether GFN1-xTB is computed at inference."""
+        return "baseline" in self.potential
 
 
 def _xtb(head: str, blocks: bool) -> dict[str, Any]:
@@ -131,8 +128,11 @@ ARMS: dict[str, Arm] = {
         reads_charges=True,
     ),
     "10": Arm("as 5, blocks shuffled (control)", EQUIVARIANT, ("charges",), shuffled=True),
-    "11": Arm("Δ on GFN1, xTB at inference", delta=True),
-    "11b": Arm("as 11, + GFN1 blocks", EQUIVARIANT, ("charges",), delta=True),
+    "11": Arm("Δ on GFN1, xTB at inference", COMPUTED),
+    "11b": Arm("as 11, + GFN1 blocks", {**COMPUTED, **EQUIVARIANT}, ("charges",)),
+    "11p": Arm(
+        "as 11, + GFN1 blocks of the pool", {**COMPUTED, **EQUIVARIANT}, ("charges",), pool=True
+    ),
     "12": Arm("surrogate Δ", _xtb("baseline", False), _ENERGY, pool=True),
     "12b": Arm(
         "surrogate Δ + blocks of the pool",
@@ -153,5 +153,5 @@ ARMS: dict[str, Arm] = {
 FAMILIES = {
     "charges of the labelled structures": ("1", "2", "3", "4", "5", "6", "9", "10"),
     "cheap labels of the pool": ("1", "7", "9p", "8", "8b", "8f", "8bf"),
-    "on top of GFN1-xTB": ("1", "11", "11b", "12", "12b", "12f", "12bf"),
+    "on top of GFN1-xTB": ("1", "11", "11b", "11p", "12", "12b", "12f", "12bf"),
 }

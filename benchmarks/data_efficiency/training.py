@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS, Arm, shuffle_blocks, subtract_gfn1
+from arms import ARMS, Arm, shuffle_blocks
 from ase import Atoms
 from labelling import Labelling
 from locks import try_lock
@@ -96,10 +96,8 @@ def _train_and_test(
     arm = ARMS[run.arm]
     config = _config(run, arm, settings)
     structures, used = _training_structures(run, arm, data)
-    train = LabelDataset(structures, config.potential.cutoff)
-    valid = LabelDataset(
-        [_prepared(atoms, arm) for atoms in data.validation(run.size)], config.potential.cutoff
-    )
+    train = _dataset(structures, config.potential)
+    valid = _dataset([_prepared(a, arm) for a in data.validation(run.size)], config.potential)
     seed = int(np.random.SeedSequence([run.seed, run.size]).generate_state(1)[0])
     log = _Log(folder / "log.jsonl")
     state = folder / "state"
@@ -177,7 +175,7 @@ def _training_structures(run: Run, arm: Arm, data: DataSet) -> tuple[list[Atoms]
     structures += [_prepared(data.pool[i], arm, cheap_only=True) for i in others]
     if arm.shuffled:
         shuffle_blocks(structures, run.seed)
-    uses_gfn1 = arm.delta or (arm.tasks and not arm.dft)
+    uses_gfn1 = arm.needs_xtb or (arm.tasks and not arm.dft)
     used = [structure_key(data.pool[i]) for i in (*chosen, *others)] if uses_gfn1 else []
     return structures, used
 
@@ -185,13 +183,15 @@ def _training_structures(run: Run, arm: Arm, data: DataSet) -> tuple[list[Atoms]
 def _prepared(atoms: Atoms, arm: Arm, *, cheap_only: bool = False) -> Atoms:
     """Return a copy with the labels that an arm learns."""
     atoms = atoms.copy()
-    if arm.delta:
-        subtract_gfn1(atoms)
     if cheap_only:
         atoms.info.pop(REF_ENERGY, None)
     if arm.charges is not None:
         arm.charges(atoms)
     return atoms
+
+
+def _dataset(structures: Sequence[Atoms], config: PotentialConfig) -> LabelDataset:
+    return LabelDataset(structures, config.cutoff, config.baseline)
 
 
 def _initial(config: TrainConfig, arm: Arm, train: LabelDataset, seed: int) -> Potential:
@@ -206,7 +206,7 @@ def _initial(config: TrainConfig, arm: Arm, train: LabelDataset, seed: int) -> P
 # -------------------------------------------------------------------------------- test
 def _errors(potential: Potential, arm: Arm, structures: Sequence[Atoms]) -> dict[str, float]:
     """Return MAE and RMSE: total energies and barriers in meV, charges in e."""
-    dataset = LabelDataset([_prepared(atoms, arm) for atoms in structures], _cutoff(potential))
+    dataset = _dataset([_prepared(atoms, arm) for atoms in structures], potential.config)
     properties = ["energy", "xtb_energy", "charges"]
     energies, xtb_energies, charges = [], [], []
     with torch.no_grad():
@@ -249,16 +249,12 @@ def _charge_errors(errors: Tensor) -> dict[str, float]:
     return found
 
 
-def _cutoff(potential: Potential) -> float:
-    return potential.config.cutoff
-
-
 def _inference(
     potential: Potential, arm: Arm, structures: Sequence[Atoms], labels: Labelling
 ) -> dict[str, Any]:
     """Time energies of one batch, and what xTB takes for it where an arm needs that."""
     batch = structures[:_TIMED_STRUCTURES]
-    dataset = LabelDataset(batch, _cutoff(potential))
+    dataset = _dataset(batch, potential.config)
     [(graph, _)] = on_device(dataset, len(dataset), potential)
     wanted = {"energy": ["energy"]}
     if potential.charge_head is not None:
@@ -272,6 +268,6 @@ def _inference(
                 potential(graph, properties).energy.cpu()
                 times.append(time.perf_counter() - start)
             found[f"{name}_ms"] = 1e3 * float(np.median(times))
-    if arm.delta:
+    if arm.needs_xtb:
         found["xtb_ms"] = 1e3 * sum(labels.seconds[structure_key(atoms)] for atoms in batch)
     return found

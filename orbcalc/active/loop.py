@@ -2,7 +2,8 @@
 
 A round::
 
-    pool      structures from files, and from MD with the committee of the last round
+    pool      structures from files, and from MD with the committee of the last round; all of
+              them get cheap labels if these are asked for
     audit     a uniform sample of the unlabelled is labelled and compared with the predictions
               that this committee made before; the certificate follows from that, and ends the run
     batch     otherwise the hardest structures are labelled too
@@ -121,7 +122,9 @@ class ActiveLearning:
 
     def finish(self, certificate: Certificate) -> Certificate:
         """Write the output of a run that ended with a certificate; see `output.write_output`."""
-        sources = write_output(self.executor, self.folder, self.store, certificate)
+        sources = write_output(
+            self.executor, self.folder, self.store, certificate, self.config.potential
+        )
         record = self.folder.event(
             "finished",
             reason=certificate.reason,
@@ -139,6 +142,7 @@ class ActiveLearning:
             return None
         pool = this.grow_pool(self._inputs)
         self._inputs = None  # they are in the folder now
+        this.label_pool(pool)
         selection = this.select(pool)
         look = None
         if number > 0:
@@ -148,7 +152,6 @@ class ActiveLearning:
             if reason is not None:
                 return self._release(reason, [*self._earlier_looks(number), look], pool)
         this.label("batch", [pool[key] for key in selection["batch"]])
-        this.label_pool(pool)
         this.train(pool)
         this.finish(pool, look)
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +12,15 @@ from ase import Atoms
 
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RoundFiles, write_structures
-from orbcalc.config import RunConfig, TrainConfig, dump_config, load_config
-from orbcalc.errors import ConfigError, OrbcalcError, StructureError
+from orbcalc.config import PotentialConfig, RunConfig, TrainConfig, dump_config, load_config
+from orbcalc.errors import ConfigError, MissingLabelError, OrbcalcError, StructureError
 from orbcalc.files import append_json, write_text
+from orbcalc.labels.store import LabelStore
 from orbcalc.structures import hold_out, structure_key
 
-__all__ = ["predict_pool", "predict_results", "train_committee", "write_training_set"]
+__all__ = [
+    "predict_pool", "predict_results", "train_committee", "with_baseline", "write_training_set",
+]  # fmt: skip
 
 #: Structures that a worker predicts in one task.
 CHUNK = 256
@@ -171,6 +174,19 @@ def _held_out(structures: Sequence[Atoms], fraction: float) -> list[bool]:
 
 
 # -------------------------------------------------------------------------- prediction
+def with_baseline(
+    potential: PotentialConfig, store: LabelStore, structures: Mapping[str, Atoms]
+) -> list[Atoms]:
+    """Return structures, by structure key, as predictions need them.
+
+    Above a computed baseline they carry its labels of the store; one whose label failed carries
+    none, and cannot be predicted.
+    """
+    if potential.baseline == "none":
+        return list(structures.values())
+    return store.labelled_atoms(structures)
+
+
 def predict_pool(
     executor: Executor, model: Path, structures: Sequence[Atoms], *, forces: bool = False
 ) -> list[dict[str, Any]]:
@@ -188,6 +204,8 @@ def predict_results(
     executor: Executor, model: Path, structures: Sequence[Atoms]
 ) -> list[dict[str, Any] | str]:
     """Predict what a calculator would hold: energy, forces, stress in a volume, uncertainties.
+
+    There is no stress above a computed baseline, whose labels hold none.
 
     Returns
     -------
@@ -231,13 +249,13 @@ def predict_results_chunk(model: Path, structures: list[Atoms]) -> list[dict[str
     def or_why_not(atoms: Atoms, result: dict[str, Any]) -> dict[str, Any] | str:
         if not result:
             try:
-                (result,) = predict(committee, [atoms])
-            except StructureError as error:
+                (result,) = predict(committee, [atoms], baseline="labels")
+            except (StructureError, MissingLabelError) as error:
                 return str(error)
         bad = [name for name, value in result.items() if not np.isfinite(value).all()]
         return f"not finite: {', '.join(bad)}" if bad else result
 
-    results = predict(committee, structures, on_error="skip")
+    results = predict(committee, structures, on_error="skip", baseline="labels")
     return [or_why_not(*pair) for pair in zip(structures, results, strict=True)]
 
 
@@ -246,7 +264,9 @@ def predict_chunk(model: Path, forces: bool, structures: list[Atoms]) -> list[di
     from orbcalc.calculator import predict
 
     more = ("forces",) if forces else ()
-    results = predict(model, structures, ("energy", "features", *more), on_error="skip")
+    results = predict(
+        model, structures, ("energy", "features", *more), on_error="skip", baseline="labels"
+    )
     return [
         {
             "energy": result["energy"],

@@ -11,7 +11,8 @@ from ase import Atoms
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, write_structures
-from orbcalc.active.modelling import predict_results
+from orbcalc.active.modelling import predict_results, with_baseline
+from orbcalc.config import PotentialConfig
 from orbcalc.errors import CheckpointError
 from orbcalc.files import file_sha256
 from orbcalc.labels.label import LabelStatus
@@ -49,7 +50,11 @@ class _Answer(NamedTuple):
 
 
 def write_output(
-    executor: Executor, folder: RunFolder, store: LabelStore, certificate: Certificate
+    executor: Executor,
+    folder: RunFolder,
+    store: LabelStore,
+    certificate: Certificate,
+    potential: PotentialConfig,
 ) -> dict[Source, int]:
     """Write the whole pool: its labels, and predictions of the released model for the others.
 
@@ -76,6 +81,8 @@ def write_output(
         Of the run; the model is released already.
     certificate
         The run's end, granted or not.
+    potential
+        What was trained.
 
     Returns
     -------
@@ -100,7 +107,7 @@ def write_output(
     keys = [structure_key(atoms) for atoms in pool]
     answers = _labels(store, set(keys))
     rest = {key: a for key, a in zip(keys, pool, strict=True) if key not in answers}
-    found = predict_results(executor, folder.model, list(rest.values()))
+    found = predict_results(executor, folder.model, with_baseline(potential, store, rest))
     told = {POOL_CERTIFIED: certificate.certified, POOL_MODEL: f"sha256:{certificate.model_hash}"}
     for key, result in zip(rest, found, strict=True):
         if isinstance(result, str):

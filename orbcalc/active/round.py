@@ -16,7 +16,12 @@ from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, bare, write_structures
 from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.labelling import label_into_store
-from orbcalc.active.modelling import predict_pool, train_committee, write_training_set
+from orbcalc.active.modelling import (
+    predict_pool,
+    train_committee,
+    with_baseline,
+    write_training_set,
+)
 from orbcalc.active.quantities import QUANTITIES, prediction_error
 from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_walk
 from orbcalc.active.selection import draw_audit, power_law_costs
@@ -147,7 +152,9 @@ class Round:
     def _select_by(
         self, committee: Path, open_keys: Sequence[str], pool: Mapping[str, Atoms]
     ) -> dict[str, Any]:
-        predictions = predict_pool(self.executor, committee, [pool[key] for key in open_keys])
+        predictions = predict_pool(
+            self.executor, committee, self._predictable({key: pool[key] for key in open_keys})
+        )
         choice = choose(
             [p.get("uncertainty", np.nan) for p in predictions],
             self.config.selection,
@@ -163,9 +170,13 @@ class Round:
         names = ["energy", "uncertainty"]
         if self.config.certificate.quantity == "forces":  # too many to compute for all
             sample, names = audit if self._by_audit else batch, [*names, "forces"]
-            found = predict_pool(self.executor, committee, [pool[k] for k in sample], forces=True)
+            structures = self._predictable({key: pool[key] for key in sample})
+            found = predict_pool(self.executor, committee, structures, forces=True)
             kept |= dict(zip(sample, found, strict=True))
         return {"audit": audit, "batch": batch, "predictions": _finite(kept, names)}
+
+    def _predictable(self, structures: Mapping[str, Atoms]) -> list[Atoms]:
+        return with_baseline(self.config.potential, self.store, structures)
 
     def _costs(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> np.ndarray:
         """Predict the seconds of reference labels from those of earlier ones, by atoms."""
@@ -277,9 +288,10 @@ class Round:
             return
         if not self.files.train.exists():
             known = set(self.store.keys("reference", LabelStatus.ok))
-            cheap = set[str]()
-            if self.config.pool.charges:
-                cheap = set(self.store.keys("charges", LabelStatus.ok)) - known
+            with_charges = set(self.store.keys("charges", LabelStatus.ok))
+            cheap = with_charges - known if self.config.pool.charges else set[str]()
+            if self.config.potential.baseline != "none":
+                known &= with_charges  # of the others the difference is not known
             write_training_set(
                 self.files,
                 self.store.labelled_atoms([key for key in pool if key in known]),

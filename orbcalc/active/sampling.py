@@ -17,6 +17,7 @@ from ase.md.velocitydistribution import thermalize_momenta
 from orbcalc.active.labelling import worker_process
 from orbcalc.config import MDConfig
 from orbcalc.errors import OrbcalcError
+from orbcalc.structures import geometry
 
 __all__ = ["Walk", "WalkTask", "bootstrap_walk", "committee_walk", "walk"]
 
@@ -89,7 +90,7 @@ def walk(
             return Walk(frames, f"{type(error).__name__}: {error}")
         if not np.isfinite(moving.positions).all():
             return Walk(frames, "positions are not finite")
-        frames.append(_bare(moving))
+        frames.append(geometry(moving))
         reason = stop(moving) if stop is not None else None
         if reason is not None:
             return Walk(frames, reason)
@@ -128,10 +129,3 @@ def committee_walk(task: WalkTask) -> Walk:
         return f"uncertainty {spread / len(atoms):.3f} eV/atom above {limit} eV/atom"
 
     return walk(task.start, calculator, task.config, task.seed, stop=stop)
-
-
-def _bare(atoms: Atoms) -> Atoms:
-    """Copy a structure without velocities and calculator."""
-    bare = Atoms(atoms.symbols, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    bare.info = {key: atoms.info[key] for key in ("charge", "spin") if key in atoms.info}
-    return bare

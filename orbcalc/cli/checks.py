@@ -51,6 +51,6 @@ def _check_training(config: TrainConfig) -> None:
     from orbcalc.training.run import load_labelled
 
     structures = load_labelled(config.train)
-    dataset = LabelDataset(structures, config.potential.cutoff)
+    dataset = LabelDataset(structures, config.potential.cutoff, config.potential.baseline)
     output.print(f"{len(dataset)} structures, labels: {dataset.census()}")
     dataset.require(config.tasks)

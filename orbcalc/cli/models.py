@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,18 +50,19 @@ def evaluate(
 ) -> None:
     """Compare a model with the labels of structures."""
     from orbcalc.active.folder import write_structures
-    from orbcalc.calculator import predict
-    from orbcalc.model.checkpoint import load_model
+    from orbcalc.calculator import baseline_worker, open_model, predict
     from orbcalc.results import with_results
     from orbcalc.training.dataset import LabelDataset
     from orbcalc.training.run import load_labelled, model_errors
-    from orbcalc.training.trainer import resolve_device
 
-    committee, _ = load_model(model, device=resolve_device(device))
+    committee, metadata = open_model(model, device=device)
     labelled = load_labelled(tuple(structures))
     for atoms in labelled:
         committee.first.check_elements(atoms.numbers.tolist())
-    dataset = LabelDataset(labelled, committee.cutoff)
+    if (worker := baseline_worker(committee, metadata)) is not None:
+        with closing(worker):
+            worker.label(labelled)
+    dataset = LabelDataset(labelled, committee.cutoff, committee.first.config.baseline)
     census = dataset.census()
     learned = ("forces", "stress", *(["charges"] if committee.first.charge_head else []))
     names = ["energy"] + [name for name in learned if census[name]]
@@ -68,7 +70,7 @@ def evaluate(
     if not errors:
         raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")
     if out is not None:
-        results = predict(committee, labelled, names)
+        results = predict(committee, labelled, names, baseline="labels")
         write_structures(out, [with_results(*pair) for pair in zip(labelled, results, strict=True)])
     if as_json:
         output.print_json(json.dumps({"structures": len(dataset), **errors}))

@@ -55,7 +55,8 @@ def print_model(path: Path) -> None:
     lines = [
         f"{path}: {len(committee.members)} member(s) of {n_weights} weights",
         f"elements {' '.join(chemical_symbols[z] for z in first.elements)}, "
-        f"cutoff {first.config.cutoff} Å, charges: {first.config.charge_head}",
+        f"cutoff {first.config.cutoff} Å, charges: {first.config.charge_head}, "
+        f"baseline: {first.config.baseline}",
         f"labels: {metadata.get('labels') or 'methods not recorded'}",
         f"training set: {metadata.get('training_set')}",
         f"SHA-256 {file_sha256(path)}",

@@ -175,6 +175,11 @@ class RunConfig(StrictModel):
                 raise ValueError(f"tasks.{task} has weight, but labels.{labels} is false")
         if self.pool.charges and not self.labels.charges:
             raise ValueError("pool.charges is true, but labels.charges is false")
+        if self.potential.baseline != "none" and not self.pool.charges:
+            raise ValueError(
+                f"potential.baseline: {self.potential.baseline} is needed for predictions of the "
+                f"whole pool: set pool.charges: true"
+            )
         if self.certificate.quantity == "forces" and not self.labels.forces:
             raise ValueError("certificate.quantity is forces, but labels.forces is false")
         if self.labels.reference.calculator == "file" and self.pool.md is not None:

@@ -59,12 +59,17 @@ class PotentialConfig(StrictModel):
         default="equivariant",
         description="equivariant: on-site blocks; invariant: AO charges from scalars (a baseline)",
     )
+    baseline: Literal["none", "GFN1-xTB"] = Field(
+        default="none",
+        description="GFN1-xTB: the network learns the difference from it only (Δ-learning), and "
+        "tblite computes it at every prediction: fewer labels, slower predictions",
+    )
     xtb_head: Literal["none", "task", "baseline"] | None = Field(
         default=None,
         description="learn the GFN1-xTB energy as well; task: beside the energy; baseline: the "
         "energy is the learned GFN1-xTB energy plus a learned difference (no xTB at inference); "
-        "default: baseline if structures that have cheap labels only are trained on, or if "
-        "tasks.xtb_energy or tasks.xtb_forces has weight, otherwise none",
+        "default: baseline (beside a computed one: task) if structures that have cheap labels only "
+        "are trained on, or if tasks.xtb_energy or tasks.xtb_forces has weight, otherwise none",
     )
 
     @property
@@ -78,6 +83,15 @@ class PotentialConfig(StrictModel):
         if isinstance(data, dict) and (sizes := PRESETS.get(data.get("preset", _PRESET))):
             return {**sizes, **data}
         return data
+
+    @model_validator(mode="after")
+    def _one_baseline(self) -> PotentialConfig:
+        if self.baseline != "none" and self.xtb_head == "baseline":
+            raise ValueError(
+                f"baseline: {self.baseline} is computed and xtb_head: baseline is learned: one "
+                f"energy cannot have both. Leave one of them out."
+            )
+        return self
 
     @model_validator(mode="after")
     def _degrees(self) -> PotentialConfig:
@@ -140,7 +154,7 @@ class TaskWeights(StrictModel):
         return self
 
     def check_heads(self, potential: PotentialConfig) -> None:
-        """Raise ValueError if a task has weight, but the potential no head for it."""
+        """Raise ValueError if a task has weight that the potential cannot learn."""
         for task, head in (
             ("charges", "charge_head"),
             ("xtb_energy", "xtb_head"),
@@ -148,6 +162,11 @@ class TaskWeights(StrictModel):
         ):
             if task in self.active and getattr(potential, head) == "none":
                 raise ValueError(f"tasks.{task} has weight, but potential.{head} is none")
+        if self.stress and potential.baseline != "none":
+            raise ValueError(
+                f"tasks.stress has weight, but labels of potential.baseline: {potential.baseline} "
+                f"hold no stress. Learn energy and forces: the stress follows from them."
+            )
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -223,6 +242,11 @@ class TrainConfig(StrictModel):
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid: {self.valid} is not a fraction between 0 and 1")
         self.tasks.check_heads(self.potential)
+        if self.potential.baseline != "none" and self.reference_energies is not None:
+            raise ValueError(
+                f"reference_energies are total ones, but above baseline: {self.potential.baseline} "
+                f"differences are learned. Leave them out: they are fitted."
+            )
         return self
 
     def resolved(self, *, cheap_only: bool) -> TrainConfig:
@@ -236,7 +260,9 @@ class TrainConfig(StrictModel):
         potential, tasks = self.potential, self.tasks
         if potential.xtb_head is None:
             asked_for = tasks.xtb_energy or tasks.xtb_forces
-            head = "baseline" if asked_for or (cheap_only and tasks.xtb_energy != 0) else "none"
+            wanted = asked_for or (cheap_only and tasks.xtb_energy != 0)
+            learned = "baseline" if potential.baseline == "none" else "task"
+            head = learned if wanted else "none"
             potential = potential.model_copy(update={"xtb_head": head})
         weights = {"xtb_energy": 0.0, "xtb_forces": 0.0}
         if potential.learns_xtb_energy:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import CalculationFailed
 
 from orbcalc.config import LabelConfig
-from orbcalc.labels.label import Kind, Label, Provenance
+from orbcalc.labels.label import Kind, Label, Provenance, Values
 from orbcalc.labels.reference import ReferenceLabeler, reference_provenance
 from orbcalc.labels.xtb import (
     OrbitalChargeLabeler,
     XTBSettings,
     check_determinism,
     xtb_provenance,
+    xtb_values,
 )
 
-__all__ = ["compute_label", "label_kinds", "label_provenance", "prepare"]
+__all__ = ["compute_baseline", "compute_label", "label_kinds", "label_provenance", "prepare"]
 
 
 def label_kinds(config: LabelConfig) -> tuple[Kind, ...]:
@@ -42,6 +45,21 @@ def compute_label(atoms: Atoms, kind: Kind, config: LabelConfig) -> Label:
         made, a quantity that it does not have.
     """
     return _labeler(kind, config.model_dump_json()).label(atoms)
+
+
+def compute_baseline(atoms: Atoms) -> Values:
+    """Compute GFN1-xTB energy, forces and, in a crystal, stress, as accurate as its labels are.
+
+    Raises
+    ------
+    UnsupportedElementError, ase.calculators.calculator.CalculatorError
+        As :func:`orbcalc.labels.xtb.xtb_values`; also if a value is not finite.
+    """
+    crystal = bool(atoms.pbc.all())
+    values = xtb_values("GFN1-xTB", atoms, XTBSettings(), forces=True, stress=crystal)
+    if not all(np.isfinite(value).all() for value in values.values()):
+        raise CalculationFailed("GFN1-xTB gave values that are not finite")
+    return values
 
 
 def prepare(kinds: Sequence[Kind], config: LabelConfig) -> None:

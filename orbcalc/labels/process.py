@@ -157,6 +157,10 @@ class WorkerProcess:
                 self._process.wait(timeout=2)
         self._kill()
 
+    def __reduce__(self) -> tuple[type[WorkerProcess], tuple[int]]:
+        """Copy what describes the worker: a copy starts a child of its own."""
+        return WorkerProcess, (self._threads,)
+
     def __enter__(self) -> WorkerProcess:
         """Start nothing yet: the first call does."""
         return self

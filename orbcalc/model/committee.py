@@ -68,7 +68,7 @@ class Committee(nn.Module):
     Raises
     ------
     ConfigError
-        If there are no members, or they differ in elements, cutoff or shells.
+        If there are no members, or they differ in elements, cutoff, baseline or shells.
     """
 
     def __init__(
@@ -77,14 +77,11 @@ class Committee(nn.Module):
         super().__init__()
         if not members:
             raise ConfigError("a committee needs at least one potential")
-        first = members[0]
-        for member in members:
-            if (member.elements, member.config.cutoff, member.shells) != (
-                first.elements,
-                first.config.cutoff,
-                first.shells,
-            ):
-                raise ConfigError("members of a committee must share elements, cutoff and shells")
+        shared = [(m.elements, m.config.cutoff, m.config.baseline, m.shells) for m in members]
+        if any(terms != shared[0] for terms in shared):
+            raise ConfigError(
+                "members of a committee must share elements, cutoff, baseline and shells"
+            )
         self.members = nn.ModuleList(members)
         self.calibration = calibration or Calibration()
         self._has_rigidity = all(member.knows_rigidity for member in members)

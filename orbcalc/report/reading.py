@@ -239,7 +239,7 @@ def _compare_forces(
     step = -(-len(labelled) // MAX_FORCE_STRUCTURES) or 1
     labelled = labelled[::step]
     try:
-        results = predict(model, labelled, ("energy", "forces"), on_error="skip")
+        results = predict(model, labelled, ("energy", "forces"), on_error="skip", baseline="labels")
     except OrbcalcError as error:
         return None, f"Forces could not be predicted with {model}: {error}"
     pairs = [

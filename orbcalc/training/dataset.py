@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,6 +89,15 @@ class Targets:
         """Move every tensor to a device."""
         return Targets(**{name: value.to(device) for name, value in vars(self).items()})
 
+    def above_xtb(self) -> Targets:
+        """Return energy and forces as differences from GFN1-xTB, which has no labels of stress."""
+        return replace(
+            self,
+            energy=self.energy - self.xtb_energy,
+            forces=self.forces - self.xtb_forces,
+            stress=torch.full_like(self.stress, torch.nan),
+        )
+
     def has(self, task: str) -> bool:
         """Tell whether any label of a task is there."""
         return bool(torch.isfinite(getattr(self, task)).any())
@@ -103,6 +112,8 @@ class LabelDataset:
         Labels under the keys of `orbcalc.properties`.
     cutoff
         Of the neighbour lists, Å.
+    baseline
+        Of the potential: what energies and forces are differences from.
 
     Raises
     ------
@@ -110,16 +121,27 @@ class LabelDataset:
         If a structure cannot be computed.
     LabelError
         If a label has the wrong shape or is infinite.
+    MissingLabelError
+        If a structure has a reference label, but none of the baseline.
     """
 
-    def __init__(self, structures: Iterable[Atoms], cutoff: float) -> None:
+    def __init__(
+        self,
+        structures: Iterable[Atoms],
+        cutoff: float,
+        baseline: Literal["none", "GFN1-xTB"] = "none",
+    ) -> None:
         self.graphs: list[AtomGraph] = []
         self.targets: list[Targets] = []
         self.shells: dict[int, tuple[int, ...]] = {}
         for number, atoms in enumerate(structures):
             check_structure(atoms, f"structure {number} ({atoms.get_chemical_formula()})")
             self.graphs.append(AtomGraph.from_atoms(atoms, cutoff))
-            self.targets.append(Targets.from_atoms(atoms))
+            targets = Targets.from_atoms(atoms)
+            if baseline != "none":
+                _require_baseline(atoms, targets)
+                targets = targets.above_xtb()
+            self.targets.append(targets)
             self.shells |= shells_of_elements(atoms)
 
     def __len__(self) -> int:
@@ -199,6 +221,16 @@ def shells_of_elements(atoms: Atoms) -> dict[int, tuple[int, ...]]:
         int(number): tuple(int(momentum) for momentum in row if momentum >= 0)
         for number, row in zip(atoms.numbers, table, strict=True)
     }
+
+
+def _require_baseline(atoms: Atoms, targets: Targets) -> None:
+    for task in ("energy", "forces"):
+        if targets.has(task) and not targets.has(f"xtb_{task}"):
+            key, remedy = _SOURCES[f"xtb_{task}"]
+            raise MissingLabelError(
+                f"{atoms.get_chemical_formula()} has {_SOURCES[task][0]}, but no {key}, above "
+                f"which `baseline: GFN1-xTB` learns. Make it with `{remedy}`."
+            )
 
 
 def _read(

@@ -259,8 +259,8 @@ def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
 
 
 def _datasets(config: TrainConfig, sets: LabelledSets) -> tuple[LabelDataset, LabelDataset]:
-    cutoff = config.potential.cutoff
-    return LabelDataset(sets.train, cutoff), LabelDataset(sets.valid, cutoff)
+    terms = (config.potential.cutoff, config.potential.baseline)
+    return LabelDataset(sets.train, *terms), LabelDataset(sets.valid, *terms)
 
 
 def _initial(config: TrainConfig, member: int, seed: int, train_set: LabelDataset) -> Potential:

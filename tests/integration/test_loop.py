@@ -645,6 +645,46 @@ def test_the_cheap_labels_of_the_whole_pool_are_learned_from(
     events = read_jsonl(tmp_path / "run" / "events.jsonl")
     labelled = [event for event in events if event["event"] == "labelled"]
     assert [(event["purpose"], event["structures"]) for event in labelled][:2] == [
+        ("pool", 30),
         ("batch", 10),
-        ("pool", 20),
     ]
+
+
+def test_a_run_above_a_computed_baseline(client: Client, tmp_path: Path) -> None:
+    """What GFN1-xTB cannot compute is not predicted, is hardest, and is not trained on."""
+    slab = waters(1, seed=9)[0]
+    slab.set_cell([9, 9, 20])
+    slab.pbc = [True, True, False]
+    start = write_pool(tmp_path / "start.xyz", waters(1, seed=8))
+    config = run_config(
+        write_pool(tmp_path / "pool.extxyz", [*waters(30), slab]),
+        tmp_path / "run",
+        labels={"reference": {"calculator": "small_runs:FussyCalculator"}},
+        pool={
+            "charges": True,
+            "start": str(start),
+            "md": {"walkers": 1, "steps": 8, "every": 4, "rounds": 2, "max_uncertainty": None},
+        },
+        potential={"baseline": "GFN1-xTB"},
+        selection={"initial": 10, "batch": 6, "audit": 4},
+        stop={"max_rounds": 2},
+    )
+    run(config, client=client)
+    found = read_structures(config.output / "pool.extxyz")
+    labels = LabelStore(config.output / "labels.db")
+    # Also what MD has found has the labels of the baseline.
+    assert len(found) > 31
+    assert len(labels.keys("charges", LabelStatus.ok)) == len(found) - 1
+    assert labels.status(structure_key(slab), "charges") is LabelStatus.unsupported
+    assert labels.status(structure_key(slab), "reference") is LabelStatus.ok
+    _, metadata = load_model(config.output / "rounds" / "001" / "model.orbcalc")
+    counts = metadata["training_set"]
+    n_labelled = read_json(config.output / "rounds" / "001" / "round.json")["labelled"]
+    assert counts["n_train"] + counts["n_valid"] == n_labelled - 1
+    predictions = [atoms for atoms in found if atoms.info[POOL_SOURCE] == "prediction"]
+    computed = predict(config.output / "model.orbcalc", predictions)
+    for atoms, result in zip(predictions, computed, strict=True):
+        assert atoms.get_potential_energy() == pytest.approx(result["energy"], abs=1e-4)
+        np.testing.assert_allclose(atoms.get_forces(), result["forces"], atol=1e-3)
+    assert predictions
+    assert write_report(config.output).is_file()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from ase import Atoms
 from small_runs import train_config, write_pool
 
+from orbcalc.calculator import predict
 from orbcalc.config import TrainConfig
 from orbcalc.errors import (
     CheckpointError,
@@ -498,3 +500,43 @@ def test_training_learns_energies_and_forces(labelled_file: Path, tmp_path: Path
     assert records[-1]["energy_mae"] < 0.5 * spread
     assert records[-1]["forces_mae"] < 0.3 * size
     assert records[-1]["charges_mae"] < records[0]["charges_mae"]
+
+
+# ----------------------------------------------------------------------- Δ-learning
+def test_above_a_computed_baseline_total_energies_are_predicted(
+    cli: Callable[..., Any], labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    """A file without GFN1-xTB labels is evaluated as well, with the errors of the training."""
+    files = {
+        name: write_pool(tmp_path / f"{name}.extxyz", part)
+        for name, part in (("train", labelled_waters[:20]), ("valid", labelled_waters[20:]))
+    }
+    config = train_config(
+        files["train"],
+        tmp_path / "model.orbcalc",
+        valid=str(files["valid"]),
+        potential={"baseline": "GFN1-xTB"},
+    )
+    train(config)
+    committee, metadata = load_model(config.output)
+    assert committee.first.config.baseline == "GFN1-xTB"
+    bare = [atoms.copy() for atoms in labelled_waters[20:]]
+    for atoms in bare:
+        for name in [key for key in (*atoms.info, *atoms.arrays) if key.startswith("GFN1")]:
+            atoms.info.pop(name, None)
+            atoms.arrays.pop(name, None)
+    found = predict(config.output, bare)
+    errors = [
+        (result["energy"] - atoms.info[REF_ENERGY]) / 3
+        for atoms, result in zip(bare, found, strict=True)
+    ]
+    assert np.abs(errors).mean() == pytest.approx(metadata["valid_errors"]["energy_mae"], rel=1e-2)
+    forces = np.concatenate([result["forces"] for result in found])
+    wanted = np.concatenate([atoms.arrays[REF_FORCES] for atoms in bare])
+    assert np.sqrt(((forces - wanted) ** 2).mean()) == pytest.approx(
+        metadata["valid_errors"]["forces_rmse"], rel=1e-2
+    )
+    said = cli("evaluate", config.output, write_pool(tmp_path / "bare.extxyz", bare), "--json")
+    assert json.loads(said.out)["energy_mae"] == pytest.approx(
+        metadata["valid_errors"]["energy_mae"], rel=1e-2
+    )
