@@ -29,9 +29,9 @@ __all__ = [
 #: Two nuclei closer than this (Å) are an error of the input; H2 is 0.74 Å.
 MIN_DISTANCE = 0.3
 
-#: Positions and cells are hashed in units of this (Å), so a file written with 8 decimals and
-#: read back has the same key.
-KEY_RESOLUTION = 1e-6
+#: Positions and cells are hashed in units of this (Å): the last decimal of extxyz files, so that
+#: a structure that was written to one and read back has the same key.
+KEY_RESOLUTION = 1e-8
 
 
 def read_structures(paths: str | Path | Iterable[str | Path]) -> list[Atoms]:
@@ -170,7 +170,7 @@ def geometry(atoms: Atoms) -> Atoms:
 def structure_key(atoms: Atoms) -> str:
     """Return the content hash that names a structure in label stores.
 
-    It covers elements, positions and cell (to 1e-6 Å), periodicity, charge and multiplicity,
+    It covers elements, positions and cell (to 1e-8 Å), periodicity, charge and multiplicity,
     in the given order of atoms; labels and other info do not change it.
     """
     charge, multiplicity = charge_and_multiplicity(atoms)

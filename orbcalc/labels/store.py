@@ -43,7 +43,7 @@ STRUCTURE_KEY = "structure_key"
 
 #: Where our part of the database's metadata is.
 METADATA = "orbcalc"
-FORMAT = 1
+FORMAT = 2
 SUFFIXES = (".db", ".aselmdb")
 
 #: Where the values of a label go in an Atoms object: (kind, value) -> (per atom?, key).
@@ -341,10 +341,11 @@ class LabelStore:
         metadata = database.metadata.get(METADATA)
         if metadata is None:
             raise LabelError(f"{self.path} is a database of ASE, but no label store")
-        if metadata["format"] > FORMAT:
+        if metadata["format"] != FORMAT:
+            remedy = "update orbcalc" if metadata["format"] > FORMAT else "label again"
             raise LabelError(
                 f"label store '{self.path}' has format {metadata['format']}; this version reads "
-                f"up to {FORMAT}: update orbcalc"
+                f"{FORMAT}: {remedy}"
             )
         if metadata["revision"] != self._metadata.get("revision"):
             self._rows = {

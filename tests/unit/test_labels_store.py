@@ -393,12 +393,13 @@ def test_files_that_are_no_store(tmp_path):
     garbage.write_bytes(b"this is no database" * 100)
     with pytest.raises(LabelError, match=r"garbage\.db' cannot be read or written"):
         LabelStore(garbage)
-    newer = LabelStore(tmp_path / "newer.db")
-    metadata = {"orbcalc": {"format": 99, "revision": 0, "provenance": {}, "shells": {}}}
-    ase.db.connect(str(newer.path)).metadata = metadata
-    with pytest.raises(LabelError, match="format 99"):
-        LabelStore(newer.path)
-    assert is_label_store(newer.path)
+    for number, remedy in ((99, "update orbcalc"), (1, "label again")):
+        other = LabelStore(tmp_path / f"format_{number}.db")
+        metadata = {"orbcalc": {"format": number, "revision": 0, "provenance": {}, "shells": {}}}
+        ase.db.connect(str(other.path)).metadata = metadata
+        with pytest.raises(LabelError, match=f"format {number}; this version reads 2: {remedy}"):
+            LabelStore(other.path)
+        assert is_label_store(other.path)
     for name in ("foreign.db", "garbage.db", "typo.db", "labels.xyz"):
         assert not is_label_store(tmp_path / name)
 

@@ -132,9 +132,17 @@ def test_the_key_is_the_content():
     labelled.info["REF_energy"] = -1.0
     labelled.arrays["tags"] = np.arange(6)
     assert structure_key(labelled) == key
-    rounded = atoms.copy()
-    rounded.positions = np.round(rounded.positions, 8)
-    assert structure_key(rounded) == key
+
+
+def test_a_structure_read_from_a_file_has_the_same_key(tmp_path):
+    rng = np.random.default_rng(0)
+    written = [
+        Atoms("H50", positions=rng.uniform(-20, 20, (50, 3)), cell=rng.uniform(30, 40, 6), pbc=True)
+        for _ in range(20)
+    ]
+    ase.io.write(tmp_path / "a.extxyz", written)
+    read = ase.io.read(tmp_path / "a.extxyz", ":")
+    assert [structure_key(atoms) for atoms in read] == [structure_key(atoms) for atoms in written]
 
 
 def move(atoms):
