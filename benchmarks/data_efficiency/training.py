@@ -208,7 +208,7 @@ def _errors(potential: Potential, arm: Arm, structures: Sequence[Atoms]) -> dict
     """Return MAE and RMSE: total energies and barriers in meV, charges in e."""
     dataset = _dataset([_prepared(atoms, arm) for atoms in structures], potential.config)
     properties = ["energy", "xtb_energy", "charges"]
-    energies, xtb_energies, charges = [], [], []
+    energies, xtb_energies, charges, labels = [], [], [], []
     with torch.no_grad():
         for graph, targets in on_device(dataset, 32, potential):
             prediction = potential(graph, properties)
@@ -218,6 +218,7 @@ def _errors(potential: Potential, arm: Arm, structures: Sequence[Atoms]) -> dict
             if prediction.orbital_charges is not None:
                 wanted = charge_targets(targets.charges, PotentialConfig(charge_head="invariant"))
                 charges.append(prediction.orbital_charges - wanted)
+                labels.append(wanted)
     energy = 1e3 * torch.cat(energies).cpu().numpy()
     found = _mean_errors("energy_meV", energy)
     if pairs := barrier_pairs(structures):
@@ -226,7 +227,7 @@ def _errors(potential: Potential, arm: Arm, structures: Sequence[Atoms]) -> dict
     if xtb_energies:
         found |= _mean_errors("gfn1_meV", 1e3 * torch.cat(xtb_energies).cpu().numpy())
     if charges:
-        found |= _charge_errors(torch.cat(charges).cpu())
+        found |= _charge_errors(torch.cat(charges).cpu(), torch.cat(labels).cpu())
     return found
 
 
@@ -237,8 +238,12 @@ def _mean_errors(name: str, errors: np.ndarray) -> dict[str, float]:
     }
 
 
-def _charge_errors(errors: Tensor) -> dict[str, float]:
-    """Return the MAE of charges of orbitals, and of whole shells, by kind."""
+def _charge_errors(errors: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the MAE of charges of orbitals, and of whole shells, by kind.
+
+    The floor is the error of perfect shell charges that are divided equally among the orbitals:
+    that is all of a shell that does not turn with the molecule.
+    """
     found = {}
     for kind, columns in _ORBITALS.items():
         own = errors[:, columns]
@@ -246,6 +251,9 @@ def _charge_errors(errors: Tensor) -> dict[str, float]:
             shells = own if kind == "s" else own.sum(1)
             found[f"{kind}_orbital_e_mae"] = float(own.abs().nanmean())
             found[f"{kind}_shell_e_mae"] = float(shells.abs().nanmean())
+            if kind != "s":
+                spread = labels[:, columns] - labels[:, columns].mean(1, keepdim=True)
+                found[f"{kind}_orbital_e_floor"] = float(spread.abs().nanmean())
     return found
 
 
