@@ -147,18 +147,23 @@ def _table(points: Sequence[Point]) -> str:
         kinds = ("s", "p", "d")
         lines += [
             "",
-            "Charges, MAE in e (arms 2 and 6: of atoms, under s).",
+            "Charges, MAE in e (arms 2 and 6: of atoms, under s). Floor: of perfect charges of "
+            "shells that are divided equally among their orbitals, all that is invariant.",
             "",
             "| labels | arm |"
             + "".join(f" {k} shell |" for k in kinds)
-            + "".join(f" {k} orbital |" for k in kinds),
-            "|---:|---|" + "---:|" * 6,
+            + "".join(f" {k} orbital |" for k in kinds)
+            + " p floor | d floor |",
+            "|---:|---|" + "---:|" * 8,
         ]
     for point in charges:
         numbers = [
             _number(point.mean("test", f"{kind}_{what}_e_mae"), 3)
             for what in ("shell", "orbital")
             for kind in kinds
+        ]
+        numbers += [
+            _number(point.mean("test", f"{kind}_orbital_e_floor"), 3) for kind in ("p", "d")
         ]
         lines.append(f"| {' | '.join([str(point.size), _name(point.arm), *numbers])} |")
     return "\n".join(lines) + "\n"
