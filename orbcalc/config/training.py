@@ -17,7 +17,7 @@ __all__ = ["PRESETS", "OptimizerConfig", "PotentialConfig", "TaskWeights", "Trai
 PRESETS: dict[str, dict[str, int]] = {
     "small": {"channels": 32, "message_l_max": 0, "message_channels": 16},
     "medium": {"channels": 64, "message_l_max": 1, "message_channels": 16},
-    "large": {"channels": 128, "message_l_max": 1, "message_channels": 32},
+    "large": {"channels": 64, "message_l_max": 2, "message_channels": 16},
 }
 _PRESET: Literal["medium"] = "medium"
 
