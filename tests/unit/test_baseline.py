@@ -171,11 +171,6 @@ def test_another_version_of_tblite_is_refused(above: Committee, tmp_path: Path) 
             use(path)
 
 
-def test_members_share_the_baseline(make_potential: MakePotential) -> None:
-    with pytest.raises(ConfigError, match="must share elements, cutoff, baseline and shells"):
-        Committee([make_potential(**ABOVE), make_potential()])
-
-
 # ----------------------------------------------------------------------------- training
 def test_differences_are_learned(labelled: list[Atoms]) -> None:
     total, above = LabelDataset(labelled, 4.0), LabelDataset(labelled, 4.0, "GFN1-xTB")

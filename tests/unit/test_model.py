@@ -340,8 +340,9 @@ def test_a_committee_of_one_is_its_member(potential):
 def test_committees_that_cannot_be(make_potential):
     with pytest.raises(ConfigError, match="at least one potential"):
         Committee([])
-    with pytest.raises(ConfigError, match="must share elements, cutoff and shells"):
-        Committee([make_potential(), make_potential(cutoff=3.5)])
+    for other in ({"cutoff": 3.5}, {"baseline": "GFN1-xTB"}):
+        with pytest.raises(ConfigError, match="must share elements, cutoff, baseline and shells"):
+            Committee([make_potential(), make_potential(**other)])
 
 
 def test_members_may_differ_in_size(make_potential):
