@@ -14,10 +14,14 @@ import numpy as np
 from ase import Atoms
 from sets import DFT_CHARGES
 
+from orbcalc.config import TaskWeights
 from orbcalc.orbitals import BLOCK_DIM, SLOTS, atomic_charges
 from orbcalc.properties import XTB_BLOCKS, XTB_SHELLS
 
-__all__ = ["ARMS", "FAMILIES", "Arm", "shuffle_blocks"]
+__all__ = ["ARMS", "FAMILIES", "WEIGHT", "Arm", "shuffle_blocks"]
+
+#: Of the cheap tasks: the package's own, where no forces are learned.
+WEIGHT = TaskWeights(forces=0).charges
 
 EQUIVARIANT = {"charge_head": "equivariant"}
 INVARIANT = {"charge_head": "invariant"}

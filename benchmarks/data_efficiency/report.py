@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, FAMILIES
+from arms import ARMS, FAMILIES, WEIGHT
 from rich.console import Console
 
 from orbcalc.files import read_json, replace_file
@@ -120,7 +120,7 @@ def _points(out: Path) -> list[Point]:
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for path in sorted(out.glob("runs/*/result.json")):
         result = read_json(path)
-        if result["weight"] == chosen.get(result["arm"], 1.0):
+        if result["weight"] == chosen.get(result["arm"], WEIGHT):
             found.setdefault((result["arm"], result["size"]), []).append(result)
     order = list(ARMS)
     keys = sorted(found, key=lambda key: (key[1], order.index(key[0])))

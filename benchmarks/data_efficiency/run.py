@@ -16,22 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import ARMS
+from arms import ARMS, WEIGHT
 from labelling import Labelling, add_labels
 from report import write_report
 from rich.console import Console
 from sets import SETS, WITH_DFT_CHARGES, DataSet, Limits, load_set
 from training import Run, Settings, perform
 
-from orbcalc.config import TaskWeights
 from orbcalc.errors import OrbcalcError
 from orbcalc.files import read_json, write_json
 from orbcalc.properties import XTB_ENERGY
 
 console = Console(soft_wrap=True, highlight=False)
-
-#: Weight of the cheap tasks: the package's own, where no forces are learned.
-WEIGHT = TaskWeights(forces=0).charges
 
 #: Those that `--sweep` tries.
 SWEEP = (3.0, 10.0, 30.0, 100.0)
