@@ -82,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--complexes", type=int, default=3000, help="of tmQM, at random")
     parser.add_argument("--energies", type=int, default=1000, help="of each set with energies")
-    parser.add_argument("--max-atoms", type=int, default=40, help="of structures with energies")
+    parser.add_argument("--max-atoms", type=int, default=60, help="of structures with energies")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--preset", default="small", choices=["small", "medium", "large"])
     parser.add_argument("--seed", type=int, default=0)
@@ -109,11 +109,13 @@ def _complexes(options: argparse.Namespace) -> list[Atoms]:
 
 def _with_energies(options: argparse.Namespace) -> list[Atoms]:
     limits = Limits(options.energies, options.energies, options.max_atoms)
-    return [
+    found = [
         atoms
         for name in ("hydroform22", "vaska")
         for atoms in load_set(options.data, name, limits).pool
     ]
+    order = np.random.default_rng(options.seed).permutation(len(found))
+    return [found[i] for i in order]  # both sets are trained on, and validated
 
 
 def _covered(structures: Sequence[Atoms], potential: Potential) -> list[Atoms]:
