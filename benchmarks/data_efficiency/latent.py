@@ -1,9 +1,7 @@
 """What charges teach a potential about metals: where metal atoms lie in its latent space.
 
-Potentials are trained on the charge blocks of tmQM complexes, or on the energies of
-hydroform22 and vaska, or not at all. A metal atom is embedded by the scalars of the last layer.
-The energies cover Co, Rh and Ir only, all of group 9: what they teach about groups cannot be
-told, and that potential is compared with the others on the complexes of these three.
+Potentials are trained on the charge blocks of tmQM complexes, on their GFN1-xTB energies, or not
+at all. A metal atom of other complexes is embedded by the scalars of the last layer.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import gzip
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import ase.io
 import numpy as np
@@ -23,12 +20,11 @@ from ase.data import chemical_symbols
 from labelling import add_labels
 from rich.console import Console
 from scipy.spatial import cKDTree
-from sets import Limits, load_set
 
 from orbcalc.config import TrainConfig, parse_config
 from orbcalc.files import replace_file, write_json
 from orbcalc.model.potential import Potential
-from orbcalc.properties import XTB_BLOCKS
+from orbcalc.properties import REF_ENERGY, XTB_BLOCKS, XTB_ENERGY
 from orbcalc.report.style import new_figure, png, set_legend, set_title, style_axes
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.statistics import fit_statistics
@@ -50,30 +46,20 @@ def main() -> None:
     complexes = _complexes(options)
     n_held_out = len(complexes) // 5
     judged, taught = complexes[:n_held_out], complexes[n_held_out:]
-    energies = _with_energies(options)
     config = _config(options, "charges")
     potentials = {
-        "charges of tmQM": _trained(taught, config, options, "charges"),
+        "charges": _trained(taught, config, options, "charges"),
+        "GFN1-xTB energies": _trained(taught, _config(options, "energy"), options, "energies"),
         "untrained": _untrained(taught, config, options.seed),
-        "energies of Co, Rh, Ir": _trained(
-            energies, _config(options, "energy"), options, "energies"
-        ),
     }
-    judged = _covered(judged, potentials["charges of tmQM"])
-    common = _covered(judged, potentials["energies of Co, Rh, Ir"])
-    result: dict[str, Any] = {"complexes": len(complexes), "judged": len(judged), "purity": {}}
-    embedded = {}
-    for name, potential in potentials.items():
-        for which, structures in (("all metals", judged), ("Co, Rh, Ir", common)):
-            # Less than three have no neighbours to compare.
-            if len(structures) > 2 and len(_covered(structures, potential)) == len(structures):
-                metals, vectors = _embed(potential, structures)
-                embedded[name, which] = metals, vectors
-                result["purity"][f"{name}, {which}"] = _purities(metals, vectors, options.seed)
+    judged = _covered(judged, potentials["charges"])
+    embedded = {name: _embed(potential, judged) for name, potential in potentials.items()}
+    purity = {name: _purities(*pair, options.seed) for name, pair in embedded.items()}
+    result = {"complexes": len(complexes), "judged": len(judged), "purity": purity}
     write_json(options.out / "latent.json", result, allow_nan=True)
     replace_file(options.out / "latent.png", _figure(embedded))
-    for name, purity in result["purity"].items():
-        console.print(f"{name}: {purity}")
+    for name, found in purity.items():
+        console.print(f"{name}: {found}")
 
 
 def _options() -> argparse.Namespace:
@@ -81,8 +67,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with the sets")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--complexes", type=int, default=3000, help="of tmQM, at random")
-    parser.add_argument("--energies", type=int, default=1000, help="of each set with energies")
-    parser.add_argument("--max-atoms", type=int, default=60, help="of structures with energies")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--preset", default="small", choices=["small", "medium", "large"])
     parser.add_argument("--seed", type=int, default=0)
@@ -104,18 +88,10 @@ def _complexes(options: argparse.Namespace) -> list[Atoms]:
         atoms.calc = None
     labels = add_labels(chosen, options.out / "tmqm.db", options.threads)
     console.print(f"{len(chosen)} complexes of tmQM, {labels.failed} labels failed")
-    return [atoms for atoms in chosen if XTB_BLOCKS in atoms.arrays]
-
-
-def _with_energies(options: argparse.Namespace) -> list[Atoms]:
-    limits = Limits(options.energies, options.energies, options.max_atoms)
-    found = [
-        atoms
-        for name in ("hydroform22", "vaska")
-        for atoms in load_set(options.data, name, limits).pool
-    ]
-    order = np.random.default_rng(options.seed).permutation(len(found))
-    return [found[i] for i in order]  # both sets are trained on, and validated
+    known = [atoms for atoms in chosen if XTB_BLOCKS in atoms.arrays]
+    for atoms in known:
+        atoms.info[REF_ENERGY] = atoms.info[XTB_ENERGY]
+    return known
 
 
 def _covered(structures: Sequence[Atoms], potential: Potential) -> list[Atoms]:
@@ -192,7 +168,7 @@ def _initial(train: LabelDataset, config: TrainConfig, seed: int) -> Potential:
 
 # ------------------------------------------------------------------------------- judge
 def _embed(potential: Potential, structures: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the atomic number and the scalars of each metal atom."""
+    """Return the atomic number and the standardised scalars of each metal atom."""
     scalars: list[torch.Tensor] = []
     hook = potential.backbone.register_forward_hook(
         lambda _module, _inputs, nodes: scalars.append(nodes.updates[-1].cpu())
@@ -205,7 +181,8 @@ def _embed(potential: Potential, structures: Sequence[Atoms]) -> tuple[np.ndarra
     ends = np.cumsum([0, *(len(atoms) for atoms in structures)])
     rows = [end + i for end, atoms in zip(ends, structures, strict=False) for i in _metals(atoms)]
     numbers = np.concatenate([atoms.numbers for atoms in structures])
-    return numbers[rows], torch.cat(scalars).numpy()[rows]
+    vectors = torch.cat(scalars).numpy()[rows]
+    return numbers[rows], (vectors - vectors.mean(0)) / np.maximum(vectors.std(0), 1e-9)
 
 
 def _purities(metals: np.ndarray, vectors: np.ndarray, seed: int) -> dict[str, float]:
@@ -215,12 +192,11 @@ def _purities(metals: np.ndarray, vectors: np.ndarray, seed: int) -> dict[str, f
     shuffled labels give.
     """
     row, group = np.array([_row_and_group(int(number)) for number in metals]).T
-    scaled = (vectors - vectors.mean(0)) / np.maximum(vectors.std(0), 1e-9)
     shuffled = np.random.default_rng(seed).permutation(len(metals))
     found: dict[str, float] = {"atoms": len(metals)}
     for name, labels in (("group", group), ("row", row)):
-        found[name] = _purity(scaled, metals, labels)
-        found[f"{name}_random"] = _purity(scaled[shuffled], metals, labels)
+        found[name] = _purity(vectors, metals, labels)
+        found[f"{name}_random"] = _purity(vectors[shuffled], metals, labels)
     return found
 
 
@@ -237,20 +213,22 @@ def _purity(vectors: np.ndarray, metals: np.ndarray, labels: np.ndarray) -> floa
     return float(np.mean(shares)) if shares else float("nan")
 
 
-def _figure(embedded: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> bytes:
+def _figure(embedded: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
     """Draw the first two principal components of each embedding, coloured by group."""
     figure = new_figure(5.0)
     panels = figure.subplots(1, len(embedded), squeeze=False)[0]
-    for axes, ((name, which), (metals, vectors)) in zip(panels, embedded.items(), strict=True):
-        _, _, axis = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    for axes, (name, (metals, vectors)) in zip(panels, embedded.items(), strict=True):
+        _, _, axis = np.linalg.svd(vectors, full_matrices=False)
         x, y = (vectors @ axis[:2].T).T
         groups = np.array([_row_and_group(int(number))[1] for number in metals])
         axes.scatter(x, y, c=groups, cmap="viridis", vmin=3, vmax=12, s=6, alpha=0.6)
         for number in np.unique(metals):
             own = metals == number
             axes.annotate(chemical_symbols[number], (np.median(x[own]), np.median(y[own])))
+        axes.set_xlim(*np.percentile(x, [1, 99]))  # a few atoms lie far outside
+        axes.set_ylim(*np.percentile(y, [1, 99]))
         style_axes(axes)
-        set_title(axes, f"{name},\n{which}")
+        set_title(axes, name)
         set_legend(axes, "best")
     return png(figure)
 
