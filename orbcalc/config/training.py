@@ -62,7 +62,7 @@ class PotentialConfig(StrictModel):
     baseline: Literal["none", "GFN1-xTB"] = Field(
         default="none",
         description="GFN1-xTB: the network learns the difference from it only (Δ-learning), and "
-        "tblite computes it at every prediction: fewer labels, slower predictions",
+        "tblite computes it at every prediction: on QM9 fewer labels, and slower predictions",
     )
     xtb_head: Literal["none", "task", "baseline"] | None = Field(
         default=None,
