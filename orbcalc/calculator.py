@@ -54,6 +54,9 @@ _NEEDED = {
     "forces_interval_95": "forces",
 }
 
+#: Results that a baseline adds to, and which of its values that is.
+_ADDED = {"energy": "energy", "free_energy": "energy", "forces": "forces", "stress": "stress"}
+
 
 class OrbcalcCalculator(Calculator):
     """ASE calculator around a model file.
@@ -76,6 +79,13 @@ class OrbcalcCalculator(Calculator):
         Compile the network at the first calculation, which then takes a minute or so; where that
         is not possible there is a warning. It pays in long runs of small systems: see
         docs/architecture.md. Systems of more than 1,024 atoms run as without it.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be trusted.
+    LabelConflictError
+        If another version of tblite is installed than the model's baseline was computed with.
 
     Notes
     -----
@@ -240,6 +250,8 @@ def predict(
         If a structure cannot be computed and `on_error` is "raise".
     MissingLabelError
         If it lacks the labels of the baseline, and `on_error` is "raise".
+    LabelConflictError
+        If another version of tblite is installed than the model's baseline was computed with.
     PropertyNotImplementedError
         If there is no such property, or the model was not trained for it.
     """
@@ -293,10 +305,9 @@ def baseline_worker(model: Committee, metadata: Mapping[str, Any]) -> BaselineWo
 def _below(
     model: Committee, metadata: Mapping[str, Any], structures: Sequence[Atoms], source: str
 ) -> Iterator[Outcome]:
-    worker = None if source == "labels" else baseline_worker(model, metadata)
-    if worker is None:
+    if source == "labels":
         yield from labelled_baseline(structures)
-    else:
+    elif (worker := baseline_worker(model, metadata)) is not None:
         with closing(worker):
             yield from worker.compute(structures)
 
@@ -311,10 +322,8 @@ def _raised(outcomes: Iterable[Outcome]) -> Iterator[Values]:
 
 def _added(results: Results, below: Values) -> Results:
     """Return results above a baseline as total ones, as far as the baseline is known."""
-    totals = {name: name.removeprefix("free_") for name in ("energy", "free_energy", "forces")}
-    totals["stress"] = "stress"
     found = dict(results)
-    for name, source in totals.items():
+    for name, source in _ADDED.items():
         if name in found and source in below:
             found[name] = found[name] + below[source]
         elif name in found:

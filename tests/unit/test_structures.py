@@ -132,6 +132,9 @@ def test_the_key_is_the_content():
     labelled.info["REF_energy"] = -1.0
     labelled.arrays["tags"] = np.arange(6)
     assert structure_key(labelled) == key
+    rounded = atoms.copy()
+    rounded.positions = np.round(rounded.positions, 8)
+    assert structure_key(rounded) == key
 
 
 def test_a_structure_read_from_a_file_has_the_same_key(tmp_path):
