@@ -269,7 +269,9 @@ def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
                     "env": env,
                     "host": "127.0.0.1",
                     "dashboard": False,
-                    "silence_logs": logging.ERROR,
+                    # What fails in a task comes back as an exception. What else a worker logs is
+                    # that a heartbeat failed, as the last one may when the cluster is closed.
+                    "silence_logs": logging.CRITICAL,
                 },
             }
     scheduler = {
