@@ -1,7 +1,8 @@
-"""A fresh audit at each look, or one standing audit set? Labels until a certificate, both valid.
+"""A sequential audit at each look, one of fixed size, or one standing set? All are valid.
 
-*Fresh*: the audit of a look is drawn from the unlabelled, and trains the model afterwards
-(`orbcalc run`). *Standing*: one audit set is drawn from the whole pool and labelled before
+*Sequential* and *fixed*: the audit of a look is drawn from the unlabelled, and trains the model
+afterwards (`orbcalc run`); its size is given, or it goes on in steps of a given size until it
+decides. *Standing*: one audit set is drawn from the whole pool and labelled before
 anything else; it is never trained on or acquired, and every look uses it again. Acquisition is
 then by a threshold on the scores, and an audited structure speaks for the unlabelled as long as
 its own score has stayed below every threshold so far: to swap it with an unlabelled one then
@@ -29,6 +30,13 @@ from orbcalc.active.selection import draw_audit
 from orbcalc.files import write_json
 
 console = Console(soft_wrap=True, highlight=False)
+
+#: Sizes of audits, by rule; sequential ones go on in a fifth of it and end at four times as many.
+SIZES = {
+    "sequential": (25, 50, 100),
+    "hypergeometric": (20, 40, 80, 160),
+    "standing": (50, 100, 200, 300),
+}
 
 
 def standing(scenario: Scenario, delta: float, seed: int) -> Outcome:
@@ -74,12 +82,13 @@ def standing(scenario: Scenario, delta: float, seed: int) -> Outcome:
 def compare(scenario: Scenario, delta: float, n_pools: int, seed: int) -> list[dict[str, Any]]:
     """Run both ways with audits of several sizes; batches are those of the scenario."""
     rows = []
-    for name, sizes in (("fresh", (20, 40, 80, 160)), ("standing", (50, 100, 200, 300))):
+    rules = {rule.name: rule for rule in RULES}
+    for name, sizes in SIZES.items():
         for size in sizes:
             options = scenario.selection.model_copy(update={"audit": size})
             these = replace(scenario, selection=options, max_rounds=40)
             outcomes = [
-                run(these, RULES[0], delta, k) if name == "fresh" else standing(these, delta, k)
+                run(these, rules[name], delta, k) if name in rules else standing(these, delta, k)
                 for k in range(seed, seed + n_pools)
             ]
             false = sum(o.false for o in outcomes)

@@ -20,7 +20,7 @@ from orbcalc.config import TrainConfig, parse_config
 from orbcalc.properties import REF_ENERGY, XTB_BLOCKS
 from orbcalc.training.run import split
 
-__all__ = ["GaussianProcess", "PotentialOnPool", "atomic_features", "random_features"]
+__all__ = ["RECIPES", "GaussianProcess", "PotentialOnPool", "atomic_features", "random_features"]
 
 Array = np.ndarray
 Guess = tuple[Array, Array]
@@ -29,6 +29,15 @@ Guess = tuple[Array, Array]
 _SHELLS, _WIDTH, _CUTOFF = np.linspace(0.9, 4.5, 10), 0.4, 5.0
 #: Random features of an element; their length, in spreads of all of an atom's features.
 _N_RANDOM, _LENGTH = 200, 1.5
+#: Parts of the configuration of each kind of potential. *Computed*: the difference from GFN1-xTB
+#: is learned, with the charges of the labelled structures. *Cheap labels*: GFN1-xTB energies (as a
+#: learned baseline) and charges of the whole pool are learned, too. Without: the charges of the
+#: labelled structures only.
+RECIPES = {
+    "GFN1-xTB computed": {"xtb_head": "none", "baseline": "GFN1-xTB"},
+    "cheap labels": {"xtb_head": "baseline"},
+    "no cheap labels": {"xtb_head": "none"},
+}
 #: Variance of the noise, in mean variances of the process.
 _NOISE = 1e-3
 
@@ -129,9 +138,8 @@ class PotentialOnPool:
     folder
         Of this pool alone. Keeps what every set of labels came to, so that a screen that was
         killed goes on.
-    cheap
-        Learn GFN1-xTB energies (as a baseline) and orbital charges of the whole pool; otherwise
-        charges of the labelled structures only.
+    recipe
+        One of `RECIPES`.
     steps
         Of each training.
     seed
@@ -139,23 +147,25 @@ class PotentialOnPool:
     """
 
     def __init__(
-        self, pool: Sequence[Atoms], folder: Path, *, cheap: bool, steps: int, seed: int
+        self, pool: Sequence[Atoms], folder: Path, *, recipe: str, steps: int, seed: int
     ) -> None:
-        self.pool, self.folder, self.cheap = pool, folder, cheap
+        self.pool, self.folder, self.recipe = pool, folder, recipe
         self.steps, self.seed = steps, seed
         self._last: Path | None = None
 
     def __call__(self, labelled: Array, energies: Array) -> Guess:
         """Return predictions and uncertainties, eV; NaN where there is none."""
         history = "" if self._last is None else self._last.stem
-        terms = f"{history} {self.cheap} {self.steps} {self.seed} {labelled.tolist()}"
+        terms = f"{history} {self.recipe} {self.steps} {self.seed} {labelled.tolist()}"
         name = hashlib.sha256(terms.encode()).hexdigest()[:16]
         before, self._last = self._last, self.folder / f"{name}.orbcalc"
         self.folder.mkdir(parents=True, exist_ok=True)
         answer = self._last.with_suffix(".npz")
         if not answer.exists():
             self._train(labelled, energies, before)
-            found = orbcalc.predict(self._last, self.pool, ("energy",), on_error="skip")
+            found = orbcalc.predict(
+                self._last, self.pool, ("energy",), on_error="skip", baseline="labels"
+            )
             values = {
                 key: [result.get(key, np.nan) for result in found]
                 for key in ("energy", "energy_uncertainty")
@@ -171,7 +181,7 @@ class PotentialOnPool:
             known.append(self.pool[index].copy())
             known[-1].info[REF_ENERGY] = float(energy)
         train, valid = split(known, 0.1, self.seed)
-        if self.cheap:
+        if self.recipe == "cheap labels":
             train += [self.pool[i] for i in sorted({*range(len(self.pool))} - {*labelled.tolist()})]
         files = [self._last.with_name(f"{self._last.stem}_{name}.extxyz") for name in ("t", "v")]
         for path, structures in zip(files, (train, valid), strict=True):
@@ -181,7 +191,7 @@ class PotentialOnPool:
             "valid": [str(files[1])],
             "output": str(self._last),
             "seed": self.seed,
-            "potential": {"preset": "small", "xtb_head": "baseline" if self.cheap else "none"},
+            "potential": {"preset": "small", **RECIPES[self.recipe]},
             "tasks": {"forces": 0.0},
             "optimizer": {"steps": self.steps, "evaluate_every": max(self.steps // 5, 1)},
             "start_from": None if before is None else str(before),

@@ -21,7 +21,7 @@ from ase.units import kcal, mol
 from common import machine
 from data_efficiency.sets import Limits, load_set
 from rich.console import Console
-from screen_models import GaussianProcess, Guess, PotentialOnPool, random_features
+from screen_models import RECIPES, GaussianProcess, Guess, PotentialOnPool, random_features
 from screen_report import ACCURACY, DELTA, figure, table
 
 from orbcalc.active.design import InferenceSetDesign
@@ -92,16 +92,16 @@ def gaussian_processes(
 def potentials(
     structures: Sequence[Atoms], n_pool: int, selection: SelectionConfig, steps: int
 ) -> Screen:
-    """Screen with potentials, with and without the cheap labels of the whole pool."""
+    """Screen with potentials, one for each recipe."""
     bare = [atoms.copy() for atoms in structures]
     for atoms in bare:
         del atoms.info[REF_ENERGY]
 
-    def make(cheap: bool, pool: np.ndarray, folder: Path, seed: int) -> Model:
+    def make(recipe: str, pool: np.ndarray, folder: Path, seed: int) -> Model:
         own = [bare[i] for i in pool]
-        return PotentialOnPool(own, folder, cheap=cheap, steps=steps, seed=seed)
+        return PotentialOnPool(own, folder, recipe=recipe, steps=steps, seed=seed)
 
-    models = {"cheap labels": partial(make, True), "no cheap labels": partial(make, False)}
+    models = {recipe: partial(make, recipe) for recipe in RECIPES}
     return Screen(_energies(structures), models, n_pool, selection, with_oracle=False)
 
 
@@ -111,13 +111,13 @@ def _energies(structures: Sequence[Atoms]) -> np.ndarray:
 
 def load_screen(name: str, options: argparse.Namespace) -> Screen:
     """Read a set and say how it is screened."""
-    sizes = SelectionConfig(initial=200, batch=150, audit=200, diversity=1)  # best on the pilot
+    sizes = SelectionConfig(initial=100, batch=100, audit=400, diversity=1)  # best on the pilot
     if name == "hydroform22":
         found = load_set(options.data, name, Limits(pool=10_000, test=10_000))
         return gaussian_processes([*found.pool, *found.valid, *found.test], 2000, sizes)
     if name == "qm9":
         return gaussian_processes(labelled_qm9(options.data, options.labels, None), 2000, sizes)
-    sizes = SelectionConfig(initial=60, batch=40, audit=60, diversity=1)
+    sizes = SelectionConfig(initial=60, batch=40, diversity=1)
     small = labelled_qm9(options.data, options.labels, 14)
     return potentials(small, options.pool, sizes, options.steps)
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--screens", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first screen")
     parser.add_argument("--tolerances", type=float, nargs="*", help="kcal/mol; default: the rule")
-    parser.add_argument("--models", nargs="*", help="of qm9-potential; default: both")
+    parser.add_argument("--models", nargs="*", help="of qm9-potential; default: all")
     parser.add_argument("--methods", nargs="+", default=["uncertainty", "random", "oracle"])
     parser.add_argument("--pool", type=int, default=600, help="molecules, of qm9-potential")
     parser.add_argument("--steps", type=int, default=500, help="of each training of a potential")

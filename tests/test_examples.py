@@ -34,17 +34,17 @@ def test_simulated_coverage(tmp_path: Path) -> None:
     options = ("--pools", 15, "--deltas", 0.2, "--scenarios", "confidently wrong", "failures")
     run("benchmarks/coverage.py", "--out", tmp_path, *options)
     rows = json.loads((tmp_path / "coverage.json").read_text())["results"]
-    rules = ["hypergeometric", "mean error", "random", "kl_batch"]
+    rules = ["sequential", "hypergeometric", "mean error", "random", "kl_batch"]
     assert [row["rule"] for row in rows] == 2 * rules
     for row in rows:
         if row["is_proved"]:
             assert row["false_low"] <= 0.2
-    assert rows[3]["false_low"] > 0.2  # kl_batch, where the model is confidently wrong
+    assert rows[4]["false_low"] > 0.2  # kl_batch, where the model is confidently wrong
     assert (tmp_path / "coverage.png").stat().st_size > 0
 
 
 def test_simulated_audits(tmp_path: Path) -> None:
     run("benchmarks/audits.py", "--out", tmp_path, "--pools", 2, "--scenarios", "easy")
     rows = json.loads((tmp_path / "audits.json").read_text())["results"]
-    assert {row["audit"] for row in rows} == {"fresh", "standing"}
+    assert {row["audit"] for row in rows} == {"sequential", "hypergeometric", "standing"}
     assert all(0 < row["labels"] <= 1000 for row in rows)

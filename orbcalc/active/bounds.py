@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
-from scipy.special import rel_entr
+from scipy.special import gammaln, logsumexp, rel_entr
 from scipy.stats import hypergeom
 
 from orbcalc.active.selection import as_count
@@ -22,11 +22,16 @@ __all__ = [
     "look_level",
     "max_mean",
     "max_misses",
+    "max_misses_sequential",
 ]
 
 #: Relative room for rounding in SciPy's hypergeometric CDF: against exact fractions it was off
 #: by 2e-10 at most (populations up to a million). It can only enlarge a bound.
 CDF_MARGIN = 1e-6
+
+#: Weight of all numbers of misses alike in the prior of the sequential bound; the rest of it is
+#: on the few misses of a good model.
+UNEXPECTED = 0.1
 
 #: Largest share of the capital that a bet may lose at once, c of arXiv 2010.09686. It names 1/2
 #: and 3/4; for small losses, 40 of 1,000, the bound's excess was 0.14 with the one and 0.10 with
@@ -84,15 +89,8 @@ def max_misses(n_population: int, n_sample: int, n_sample_misses: int, delta: fl
     >>> max_misses(1000, 1000, 7, 0.05)  # all seen
     7
     """
-    population = as_count(n_population, "n_population")
-    sample = as_count(n_sample, "n_sample")
-    misses = as_count(n_sample_misses, "n_sample_misses")
+    population, sample, misses = _checked_counts(n_population, n_sample, n_sample_misses)
     _check_open_unit(delta, "delta")
-    if not misses <= sample <= population:
-        raise ConfigError(
-            f"{misses} misses in a sample of {sample} from {population}: "
-            f"expected misses <= sample <= population"
-        )
     return _max_misses(population, sample, misses, delta)
 
 
@@ -107,6 +105,72 @@ def _max_misses(population: int, sample: int, misses: int, delta: float) -> int:
         else:
             low = middle
     return low
+
+
+def max_misses_sequential(
+    n_population: int, n_sample: int, n_sample_misses: int, delta: float, *, expected: int
+) -> int:
+    """Bound the misses in a population from a uniform sample that may be looked at while it grows.
+
+    The misses M that are not refuted have ``P(sequence | M) > delta sum_m w(m) P(sequence | m)``,
+    with ``P(sequence | M) = C(N - s, M - k) / C(N, M)`` for k misses among the s drawn, in any
+    order. The ratio of the two sides is a nonnegative martingale under the true M that begins at
+    1, so it reaches 1 / delta with probability delta at most, *whenever* one looks (Ville; the
+    prior-posterior ratio of arXiv 2006.04347). The prior w is uniform up to ``expected`` for the
+    most part. It must not depend on the sample; it decides how tight the bound is, not whether it
+    holds.
+
+    Parameters
+    ----------
+    n_population, n_sample, n_sample_misses
+        Sizes of the population and of the sample so far; misses in the sample.
+    delta
+        Probability with which the bound may ever be too low.
+    expected
+        Most misses in the population that are expected.
+
+    Raises
+    ------
+    ConfigError
+        Unless 0 <= n_sample_misses <= n_sample <= n_population, 0 < delta < 1 and
+        0 <= expected <= n_population.
+
+    Examples
+    --------
+    >>> max_misses_sequential(1000, 60, 0, 0.05, expected=25)
+    59
+    >>> max_misses_sequential(1000, 1000, 7, 0.05, expected=25)  # all seen
+    7
+    """
+    population, sample, misses = _checked_counts(n_population, n_sample, n_sample_misses)
+    expected = as_count(expected, "expected")
+    _check_open_unit(delta, "delta")
+    if expected > population:
+        raise ConfigError(f"{expected} misses expected among {population}")
+    possible = np.arange(misses, population - (sample - misses) + 1)
+    likelihood = _log_choose(population - sample, possible - misses)
+    likelihood -= _log_choose(population, possible)
+    weight = np.where(possible <= expected, (1 - UNEXPECTED) / (expected + 1), 0.0)
+    weight += UNEXPECTED / (population + 1)
+    evidence = logsumexp(likelihood, b=weight)
+    left = possible[likelihood > evidence + math.log(delta) - CDF_MARGIN]
+    return int(left.max())
+
+
+def _log_choose(n: int, k: npt.NDArray[np.int64]) -> Float[np.ndarray, " m"]:
+    found: Float[np.ndarray, " m"] = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    return found
+
+
+def _checked_counts(n_population: int, n_sample: int, misses: int) -> tuple[int, int, int]:
+    population = as_count(n_population, "n_population")
+    sample, misses = as_count(n_sample, "n_sample"), as_count(misses, "n_sample_misses")
+    if not misses <= sample <= population:
+        raise ConfigError(
+            f"{misses} misses in a sample of {sample} from {population}: "
+            f"expected misses <= sample <= population"
+        )
+    return population, sample, misses
 
 
 def checked_errors(errors: npt.ArrayLike, tolerance: float) -> Float[np.ndarray, " n"]:

@@ -29,7 +29,16 @@ from orbcalc.active.selection import as_count, draw_audit, select_batch
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
 from orbcalc.errors import ConfigError
 
-__all__ = ["Choice", "InferenceSetDesign", "choose", "reason_to_end", "stream", "take_look"]
+__all__ = [
+    "InferenceSetDesign",
+    "choose_audit",
+    "choose_batch",
+    "is_decided",
+    "next_part",
+    "reason_to_end",
+    "stream",
+    "take_look",
+]
 
 Indices = Int[np.ndarray, " k"]
 Stream = Literal["training", "audit", "batch", "md", "order"]
@@ -39,68 +48,76 @@ _STREAMS: dict[Stream, int] = {"training": 0, "audit": 1, "batch": 2, "md": 3, "
 
 
 # --------------------------------------------------------------- decisions, as functions
-class Choice(NamedTuple):
-    """What to label in a round: positions among the candidates."""
-
-    audit: Indices
-    """Drawn uniformly, sorted."""
-    batch: Indices
-    """Chosen from the others, in the order of choice."""
-
-
 def stream(seed: int, number: int, purpose: Stream) -> np.random.Generator:
     """Return the random stream of one purpose in one round, the same after a resume."""
     return np.random.default_rng([seed, number, _STREAMS[purpose]])
 
 
-def choose(
+def choose_audit(
+    n_candidates: int, options: SelectionConfig, *, budget: int | None, seed: int, number: int
+) -> Indices:
+    """Draw the audit of a round: positions, in the random order in which they are labelled.
+
+    Parameters
+    ----------
+    n_candidates
+        Size of the inference set.
+    options
+        Has the size.
+    budget
+        How many may still be labelled. None: no limit.
+    seed, number
+        Of the run and the round; they make the random streams.
+    """
+    size = options.audit if budget is None else min(options.audit, max(budget, 0))
+    audit = draw_audit(n_candidates, size, stream(seed, number, "audit"))
+    order: Indices = stream(seed, number, "order").permutation(audit)
+    return order
+
+
+def choose_batch(
     scores: npt.ArrayLike,
     options: SelectionConfig,
     *,
-    audited: bool,
     budget: int | None,
     seed: int,
     number: int,
     features: npt.ArrayLike | None = None,
     costs: npt.ArrayLike | None = None,
-) -> Choice:
-    """Draw the audit of a round, then select its batch from the other candidates.
+) -> Indices:
+    """Select the batch of a round: positions, in the order of choice.
 
     Parameters
     ----------
     scores
-        (n,) of the candidates, higher is harder, by the model that is frozen now.
+        (n,) of the candidates, higher is harder.
     options
-        Sizes and the method of selection.
-    audited
-        Whether an audit is drawn at all.
-    budget
-        How many may still be labelled; the audit comes first. None: no limit.
-    seed, number
-        Of the run and the round; they make the random streams.
+        Size and method.
+    budget, seed, number
+        As in :func:`choose_audit`.
     features, costs
-        As in :func:`orbcalc.active.selection.select_batch`, for all candidates.
+        As in :func:`orbcalc.active.selection.select_batch`.
 
     Raises
     ------
     ConfigError
         As :func:`orbcalc.active.selection.select_batch`.
     """
-    hardness = np.asarray(scores, dtype=np.float64)
-    most = len(hardness) if budget is None else max(budget, 0)
-    size = min(options.audit, most) if audited else 0
-    audit = draw_audit(len(hardness), size, stream(seed, number, "audit"))
-    rest = np.delete(np.arange(len(hardness)), audit)
-    batch = select_batch(
+    return select_batch(
         options.method,
-        hardness[rest],
-        min(options.batch, most - len(audit)),
-        features=None if features is None else np.asarray(features)[rest],
-        costs=None if costs is None else np.asarray(costs)[rest],
+        scores,
+        options.batch if budget is None else min(options.batch, max(budget, 0)),
+        features=features,
+        costs=costs,
         diversity=options.diversity,
         rng=stream(seed, number, "batch"),
     )
-    return Choice(audit, rest[batch])
+
+
+def next_part(done: int, size: int, selection: SelectionConfig, options: CertificateConfig) -> int:
+    """Return how many of a sample are labelled next, when some of them are."""
+    step = selection.audit_step if options.method == "sequential" else size
+    return min(step, size - done)
 
 
 def take_look(
@@ -109,7 +126,6 @@ def take_look(
     failed: npt.ArrayLike,
     options: CertificateConfig,
     *,
-    seed: int,
     number: int,
 ) -> Look:
     """Compare the predictions of a sample with its labels, by the method of a configuration.
@@ -119,14 +135,14 @@ def take_look(
     counts
         The pool without the sample's labels.
     errors
-        (s,) prediction minus label of the audit (or, for ``kl_batch``, of the batch); NaN where
-        there is no prediction.
+        (s,) prediction minus label of the audit (or, for ``kl_batch``, of the batch) in the order
+        in which they were drawn; NaN where there is no prediction.
     failed
         (s,) booleans: the label failed. Such a structure is a miss whatever its error says.
     options
         Method, tolerance and risks.
-    seed, number
-        Of the run and the round. The number, from 1, is that of the look.
+    number
+        Of the look, from 1.
 
     Raises
     ------
@@ -140,11 +156,27 @@ def take_look(
     if options.method == "kl_batch":
         return kl_batch_look(counts, hit, failed=fail, **terms)
     if options.mean_error is not None:
-        order = stream(seed, number, "order").permutation(len(error))
-        terms["losses"] = clipped_losses(error[order], options.tolerance)
+        terms["losses"] = clipped_losses(error, options.tolerance)
         terms["max_loss"] = options.mean_error / options.tolerance
-        hit, fail = hit[order], fail[order]
-    return audit_look(counts, hit, failed=fail, **terms)
+    return audit_look(counts, hit, failed=fail, method=options.method, **terms)
+
+
+def is_decided(look: Look, options: CertificateConfig) -> bool:
+    """Tell whether an audit that has come so far is ended.
+
+    It is where the look is certified, and where it will hardly be: if the rest of the pool is as
+    the audit so far, then the target is missed.
+    """
+    if look.certified:
+        return True
+    size, rest = max(look.n_audit, 1), look.n_inference - look.n_audit
+    lost = look.n_failed + look.n_audit_failed
+    if lost + rest * look.n_audit_misses / size > (1 - options.accuracy) * look.n_pool:
+        return True
+    if look.losses is None or options.mean_error is None:
+        return False
+    most = options.mean_error / options.tolerance * look.n_pool
+    return lost + rest * sum(look.losses) / size > most
 
 
 def reason_to_end(look: Look, stop: StopConfig) -> str | None:
@@ -181,9 +213,10 @@ class InferenceSetDesign:
         print(design.certificate.statement)
 
     The first request is random. From then on a round is: fit a model (``awaits_model``), ask for
-    the audit, tell its labels, which is a look and may end the design, ask for the batch, tell its
-    labels. Predictions are taken down before the labels of the audit are asked for; a model must
-    not be fitted to labels that it did not ask for in this way.
+    the audit and tell its labels, part by part until they decide, which is a look and may end the
+    design, ask for the batch, tell its labels. Predictions are taken down before the labels of
+    the audit are asked for; a model must not be fitted to labels that it did not ask for in this
+    way.
 
     Parameters
     ----------
@@ -227,9 +260,10 @@ class InferenceSetDesign:
         self.stop = stop or StopConfig()
         self.looks: list[Look] = []
         self._state = np.zeros(n_pool, dtype=np.int8)  # 0 open, 1 labelled, -1 failed
+        self._round = 0
         self._asked: Indices | None = None  # what must be told next
-        self._batch: Indices | None = None  # what is asked for after the audit
-        self._predictions: npt.NDArray[np.float64] | None = None  # of what was asked
+        self._sample: _Sample | None = None  # the look that is being taken
+        self._hardness: _Hardness | None = None  # of what is asked for after the audit
         self._model_hash = ""
         self._reason: str | None = None
 
@@ -248,7 +282,8 @@ class InferenceSetDesign:
     def awaits_model(self) -> bool:
         """Whether the next request needs predictions and scores of a model fitted anew."""
         started = bool((self._state != 0).any())
-        return started and not self.is_done and self._asked is None and self._batch is None
+        busy = (self._asked, self._sample, self._hardness)
+        return started and not self.is_done and all(part is None for part in busy)
 
     @property
     def certificate(self) -> Certificate:
@@ -311,10 +346,14 @@ class InferenceSetDesign:
             raise ConfigError("the design has ended: nothing is to be labelled any more")
         if self._asked is not None:
             return self._asked
-        if self._batch is not None:
-            self._asked, self._batch = self._batch, None
-        elif self.awaits_model:
-            self._asked = self._ask_model(predictions, scores, features, costs)
+        if self.awaits_model:
+            self._ask_model(predictions, _Hardness(scores, features, costs))
+        if self._sample is not None:
+            done, size = len(self._sample.errors), len(self._sample.indices)
+            part = next_part(done, size, self.selection, self.rules)
+            self._asked = self._sample.indices[done : done + part]
+        elif self._hardness is not None:
+            self._asked, self._hardness = self._choose_batch(self._hardness), None
         else:
             size = min(self.selection.initial, self.stop.max_labels or self.n_pool)
             self._asked = draw_audit(self.n_pool, size, stream(self.seed, 0, "batch"))
@@ -338,7 +377,7 @@ class InferenceSetDesign:
         Returns
         -------
         look
-            What the labels prove, if they were those of a sample for that; else None.
+            What the labels prove, if they were the last ones of a sample for that; else None.
 
         Raises
         ------
@@ -354,11 +393,9 @@ class InferenceSetDesign:
         fail = np.isnan(largest_errors(values))
         if failed is not None:
             fail = fail | np.asarray(failed, dtype=bool)
-        look = None if self._predictions is None else self._look(values, fail)
+        look = None if self._sample is None else self._look(self._sample, values, fail)
         self._state[asked] = np.where(fail, -1, 1)
-        self._asked = self._predictions = None
-        if self._batch is not None and len(self._batch) == 0:
-            self._batch = None
+        self._asked = None
         return look
 
     # ---------------------------------------------------------------------------- inside
@@ -367,60 +404,86 @@ class InferenceSetDesign:
         limit = self.stop.max_labels
         return None if limit is None else max(limit - int((self._state != 0).sum()), 0)
 
-    def _ask_model(
-        self,
-        predictions: npt.ArrayLike | None,
-        scores: npt.ArrayLike | None,
-        features: npt.ArrayLike | None,
-        costs: npt.ArrayLike | None,
-    ) -> Indices:
-        if predictions is None or scores is None:
+    def _ask_model(self, predictions: npt.ArrayLike | None, hardness: _Hardness) -> None:
+        """Take down what a model says, and what its look will be taken at."""
+        if predictions is None or hardness.scores is None:
             raise ConfigError("a model is awaited: ask with its predictions and scores")
-        values, hardness = np.asarray(predictions, dtype=np.float64), np.asarray(scores)
-        for name, array in (("predictions", values), ("scores", hardness)):
+        values = np.asarray(predictions, dtype=np.float64)
+        for name, array in (("predictions", values), ("scores", np.asarray(hardness.scores))):
             if array.shape[:1] != (self.n_pool,):
                 raise ConfigError(f"{name} have shape {array.shape} for a pool of {self.n_pool}")
-        candidates = np.flatnonzero(self._state == 0)
-        audited = self.rules.method == "hypergeometric"
-        choice = choose(
-            hardness[candidates],
-            self.selection,
-            audited=audited,
-            budget=self._budget,
-            seed=self.seed,
-            number=len(self.looks) + 1,
-            features=None if features is None else np.asarray(features)[candidates],
-            costs=None if costs is None else np.asarray(costs)[candidates],
+        self._round += 1
+        if self.rules.by_audit:
+            open_ = np.flatnonzero(self._state == 0)
+            indices = open_[choose_audit(len(open_), self.selection, **self._terms())]
+            # Copies: what was said before the labels counts.
+            self._hardness = _Hardness(*(None if v is None else np.array(v) for v in hardness))
+        else:
+            indices = self._choose_batch(hardness)
+        counts = PoolCounts(
+            self.n_pool, int((self._state == 1).sum()), int((self._state == -1).sum())
         )
-        batch = candidates[choice.batch]
-        sample: Indices = candidates[choice.audit] if audited else batch
-        self._batch = batch if audited else None
-        self._predictions = values[sample]
+        nothing = np.zeros(0), np.zeros(0, dtype=bool)
+        self._sample = _Sample(indices, values[indices], counts, *nothing)
         self._model_hash = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-        return sample
 
-    def _look(self, labels: npt.NDArray[np.float64], failed: Bool[np.ndarray, " k"]) -> Look:
-        predictions = self._predictions
-        assert predictions is not None
+    def _choose_batch(self, hardness: _Hardness) -> Indices:
+        open_ = np.flatnonzero(self._state == 0)
+        scores, features, costs = (None if v is None else np.asarray(v)[open_] for v in hardness)
+        assert scores is not None
+        batch: Indices = open_[
+            choose_batch(scores, self.selection, features=features, costs=costs, **self._terms())
+        ]
+        return batch
+
+    def _terms(self) -> dict[str, Any]:
+        """Return what every choice of a round depends on."""
+        return {"budget": self._budget, "seed": self.seed, "number": self._round}
+
+    def _look(
+        self, sample: _Sample, labels: npt.NDArray[np.float64], failed: Bool[np.ndarray, " k"]
+    ) -> Look | None:
+        """Take the look, or what there is of it; None if it goes on."""
+        done = len(sample.errors)
+        predictions = sample.predictions[done : done + len(labels)]
         if len(labels) and predictions.shape != labels.shape:
             raise ConfigError(
                 f"labels have shape {labels.shape}, but their predictions {predictions.shape}"
             )
-        counts = PoolCounts(
-            self.n_pool, int((self._state == 1).sum()), int((self._state == -1).sum())
+        errors = largest_errors(predictions - labels) if len(labels) else np.zeros(0)
+        sample = sample._replace(
+            errors=np.concatenate([sample.errors, errors]),
+            failed=np.concatenate([sample.failed, failed]),
         )
-        number = len(self.looks) + 1
         look = take_look(
-            counts,
-            largest_errors(predictions - labels) if len(labels) else np.zeros(0),
-            failed,
-            self.rules,
-            seed=self.seed,
-            number=number,
+            sample.counts, sample.errors, sample.failed, self.rules, number=self._round
         )
+        if look.n_audit < len(sample.indices) and not is_decided(look, self.rules):
+            self._sample = sample
+            return None
+        self._sample = None
         self.looks.append(look)
         self._reason = reason_to_end(look, self.stop)
         return look
+
+
+class _Hardness(NamedTuple):
+    """What a model says of the pool beside its predictions, as `ask` is given it."""
+
+    scores: npt.ArrayLike | None
+    features: npt.ArrayLike | None
+    costs: npt.ArrayLike | None
+
+
+class _Sample(NamedTuple):
+    """What a look is taken at, and what has been told of it."""
+
+    indices: Indices
+    predictions: npt.NDArray[np.float64]
+    counts: PoolCounts
+    """Of the pool without it."""
+    errors: npt.NDArray[np.float64]
+    failed: Bool[np.ndarray, " k"]
 
 
 def largest_errors(differences: npt.ArrayLike) -> Float[np.ndarray, " n"]:

@@ -43,13 +43,23 @@ from orbcalc.active.bounds import (
     look_level,
     max_mean,
     max_misses,
+    max_misses_sequential,
 )
 from orbcalc.active.selection import as_count
 from orbcalc.errors import ConfigError
 
-__all__ = ["Look", "PoolCounts", "audit_look", "hits", "kl_batch_look", "recompute"]
+__all__ = [
+    "AuditMethod",
+    "Look",
+    "PoolCounts",
+    "audit_look",
+    "hits",
+    "kl_batch_look",
+    "recompute",
+]
 
-Method = Literal["hypergeometric", "kl_batch"]
+AuditMethod = Literal["sequential", "hypergeometric"]
+Method = Literal[AuditMethod, "kl_batch"]
 
 
 def hits(errors: npt.ArrayLike, tolerance: float) -> Bool[np.ndarray, " n"]:
@@ -161,12 +171,16 @@ def audit_look(
     delta: float,
     losses: npt.ArrayLike | None = None,
     max_loss: float = 1.0,
+    method: AuditMethod = "hypergeometric",
 ) -> Look:
     """Bound the accuracy of the pool from a random audit, exactly.
 
     The sample must be drawn uniformly without replacement from the inference set, with
-    randomness that the frozen model, the division of the pool and the sample's size do not
-    depend on (:func:`orbcalc.active.selection.draw_audit`). Everything may depend on earlier
+    randomness that the frozen model and the division of the pool do not depend on
+    (:func:`orbcalc.active.selection.draw_audit`). With the method ``hypergeometric`` its size
+    must not depend on its labels. With ``sequential`` it may be labelled in a random order, be
+    looked at after any part of it, and end where one likes: this function may be called again and
+    again with more of it and the same number of the look. Everything may depend on earlier
     looks: given that past, each bound fails with probability at most its level, so by the
     union bound the probability that *any* look's bound is false is at most
     ``sum_t delta / (t (t+1)) = delta``, whenever the loop stops.
@@ -198,6 +212,9 @@ def audit_look(
         (:func:`orbcalc.active.bounds.max_mean`), and a certificate needs both.
     max_loss
         Mean loss of the output that is certified at most.
+    method
+        Bound on the misses, :func:`orbcalc.active.bounds.max_misses` or
+        :func:`orbcalc.active.bounds.max_misses_sequential`; that on losses holds for both.
 
     Raises
     ------
@@ -213,7 +230,7 @@ def audit_look(
     """
     sample = _summarise(sample_hits, failed, losses)
     terms = _Terms(look, gamma, delta, max_loss)
-    return _conclude("hypergeometric", counts, sample, terms)
+    return _conclude(method, counts, sample, terms)
 
 
 def kl_batch_look(
@@ -297,6 +314,12 @@ def _conclude(method: Method, counts: PoolCounts, sample: _Sample, terms: _Terms
         )
     if method == "hypergeometric":
         bound = max_misses(n_inference, sample.size, sample.misses, level)
+    elif method == "sequential":
+        allowed = math.floor((1 - gamma) * counts.n_pool + 1e-9) - counts.n_failed
+        expected = min(max(allowed // 2, 0), n_inference)  # of a model that is good enough
+        bound = max_misses_sequential(
+            n_inference, sample.size, sample.misses, level, expected=expected
+        )
     else:
         n_hits = sample.size - sample.misses
         alpha = kl_lower_bound(n_hits / max(sample.size, 1), sample.size, level)
@@ -348,7 +371,7 @@ def recompute(
     """
     if look.method not in get_args(Method):
         raise ConfigError(f"look {number} has the unknown method {look.method!r}")
-    if look.losses is not None and look.method != "hypergeometric":
+    if look.losses is not None and look.method == "kl_batch":
         raise ConfigError(f"look {number} has losses, but {look.method} says nothing about them")
     counts = PoolCounts(look.n_pool, look.n_labelled, look.n_failed)
     sample = _Sample(

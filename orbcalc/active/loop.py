@@ -4,8 +4,9 @@ A round::
 
     pool      structures from files, and from MD with the committee of the last round; all of
               them get cheap labels if these are asked for
-    audit     a uniform sample of the unlabelled is labelled and compared with the predictions
-              that this committee made before; the certificate follows from that, and ends the run
+    audit     a uniform sample of the unlabelled is labelled, part by part until it decides, and
+              compared with the predictions that this committee made before; the certificate
+              follows from that, and ends the run
     batch     otherwise the hardest structures are labelled too
     train     and a new committee is trained on everything labelled so far, with the cheap
               labels of the whole pool if they are asked for
@@ -146,11 +147,11 @@ class ActiveLearning:
         selection = this.select(pool)
         look = None
         if number > 0:
-            this.label("audit", [pool[key] for key in selection["audit"]])
             look = this.look(selection, pool)
             reason = reason_to_end(look, self.config.stop)
             if reason is not None:
                 return self._release(reason, [*self._earlier_looks(number), look], pool)
+        this.select_batch(selection, pool)
         this.label("batch", [pool[key] for key in selection["batch"]])
         this.train(pool)
         this.finish(pool, look)

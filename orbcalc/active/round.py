@@ -11,7 +11,15 @@ import numpy as np
 from ase import Atoms
 
 from orbcalc.active.certificate import Look, PoolCounts
-from orbcalc.active.design import Stream, choose, stream, take_look
+from orbcalc.active.design import (
+    Stream,
+    choose_audit,
+    choose_batch,
+    is_decided,
+    next_part,
+    stream,
+    take_look,
+)
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, bare, write_structures
 from orbcalc.active.inputs import Inputs, read_inputs
@@ -67,6 +75,7 @@ class Round:
         self.number, self.config, self.folder, self.store = number, config, folder, store
         self.executor, self.notify = executor, notify
         self.files = folder.round(number)
+        self._predictions: dict[str, dict[str, Any]] = {}  # of what was open, by this committee
 
     @property
     def is_done(self) -> bool:
@@ -129,51 +138,89 @@ class Round:
 
     # ------------------------------------------------------------------------ selection
     def select(self, pool: Mapping[str, Atoms]) -> dict[str, Any]:
-        """Draw the audit and select the batch, before any of them is labelled."""
+        """Choose what the look is taken at; in the first round, what is labelled at random.
+
+        The selection has the keys of the ``audit`` in the order in which they are labelled, those
+        of the ``batch`` as soon as it is chosen, and the ``predictions`` for either.
+        """
         if self.files.selection.exists():
-            selection: dict[str, Any] = read_json(self.files.selection)
-            return selection
-        open_keys = [k for k in pool if self.store.status(k, "reference") is None]
+            known: dict[str, Any] = read_json(self.files.selection)
+            return known
+        open_keys = self._open_keys(pool)
+        selection: dict[str, Any] = {"audit": [], "predictions": {}}
         if self.committee is None:
             size = self._affordable(self.config.selection.initial)
-            chosen = draw_audit(len(open_keys), size, self._rng("batch"))
-            selection = {"audit": [], "batch": [open_keys[i] for i in chosen], "predictions": {}}
+            drawn = draw_audit(len(open_keys), size, self._rng("batch"))
+            selection["batch"] = [open_keys[i] for i in drawn]
         else:
-            selection = self._select_by(self.committee, open_keys, pool)
-        write_json(self.files.selection, selection)
-        self._event(
-            "selection",
-            audit=len(selection["audit"]),
-            batch=len(selection["batch"]),
-            unlabelled=len(open_keys),
-        )
+            self._predict(open_keys, pool)
+            if self._by_audit:
+                drawn = choose_audit(len(open_keys), self.config.selection, **self._terms(pool))
+                sample = selection["audit"] = [open_keys[i] for i in drawn]
+            else:
+                sample = selection["batch"] = self._hardest(open_keys, pool)
+            selection["predictions"] = self._predictions_of(sample, pool)
+        self._keep(selection, open_keys)
         return selection
 
-    def _select_by(
-        self, committee: Path, open_keys: Sequence[str], pool: Mapping[str, Atoms]
-    ) -> dict[str, Any]:
-        predictions = predict_pool(
-            self.executor, committee, self._predictable({key: pool[key] for key in open_keys})
+    def select_batch(self, selection: dict[str, Any], pool: Mapping[str, Atoms]) -> None:
+        """Choose the hardest of what the audit has left, if that has not been done."""
+        if "batch" in selection:
+            return
+        open_keys = self._open_keys(pool)
+        if not self._predictions:  # after a kill: all that was predicted before, and as it was
+            before = {*open_keys, *selection["audit"]}
+            self._predict([key for key in pool if key in before], pool)
+        selection["batch"] = self._hardest(open_keys, pool)
+        kept = {key: self._predictions[key] for key in selection["batch"]}
+        selection["predictions"] = {**_finite(kept), **selection["predictions"]}
+        self._keep(selection, open_keys)
+
+    def _keep(self, selection: Mapping[str, Any], open_keys: Sequence[str]) -> None:
+        write_json(self.files.selection, selection)
+        purpose = "batch" if "batch" in selection else "audit"
+        self._event(
+            "selection",
+            purpose=purpose,
+            structures=len(selection[purpose]),
+            unlabelled=len(open_keys),
         )
-        choice = choose(
+
+    def _predict(self, keys: Sequence[str], pool: Mapping[str, Atoms]) -> None:
+        assert self.committee is not None
+        structures = self._predictable({key: pool[key] for key in keys})
+        found = predict_pool(self.executor, self.committee, structures)
+        self._predictions = dict(zip(keys, found, strict=True))
+
+    def _hardest(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> list[str]:
+        predictions = [self._predictions[key] for key in open_keys]
+        chosen = choose_batch(
             [p.get("uncertainty", np.nan) for p in predictions],
             self.config.selection,
-            audited=self._by_audit,
-            budget=self._affordable(len(open_keys)),
-            seed=self.config.seed,
-            number=self.number,
             features=_features(predictions),
             costs=self._costs(open_keys, pool) if self.config.selection.cost_aware else None,
+            **self._terms(pool),
         )
-        audit, batch = ([open_keys[i] for i in chosen] for chosen in choice)
-        kept = {open_keys[i]: predictions[i] for i in (*choice.audit, *choice.batch)}
-        names = ["energy", "uncertainty"]
-        if self.config.certificate.quantity == "forces":  # too many to compute for all
-            sample, names = audit if self._by_audit else batch, [*names, "forces"]
-            structures = self._predictable({key: pool[key] for key in sample})
-            found = predict_pool(self.executor, committee, structures, forces=True)
-            kept |= dict(zip(sample, found, strict=True))
-        return {"audit": audit, "batch": batch, "predictions": _finite(kept, names)}
+        return [open_keys[i] for i in chosen]
+
+    def _predictions_of(
+        self, sample: Sequence[str], pool: Mapping[str, Atoms]
+    ) -> dict[str, dict[str, Any]]:
+        """Return what the committee says of the sample of a look, for the records."""
+        if self.config.certificate.quantity != "forces":
+            return _finite({key: self._predictions[key] for key in sample})
+        assert self.committee is not None  # forces: too many to compute for all
+        structures = self._predictable({key: pool[key] for key in sample})
+        found = predict_pool(self.executor, self.committee, structures, forces=True)
+        return _finite(dict(zip(sample, found, strict=True)), "forces")
+
+    def _open_keys(self, pool: Mapping[str, Atoms]) -> list[str]:
+        decided = {*self._decided()}
+        return [key for key in pool if key not in decided]
+
+    def _terms(self, pool: Mapping[str, Atoms]) -> dict[str, Any]:
+        budget = self._affordable(len(pool))
+        return {"budget": budget, "seed": self.config.seed, "number": self.number}
 
     def _predictable(self, structures: Mapping[str, Atoms]) -> list[Atoms]:
         return with_baseline(self.config.potential, self.store, structures)
@@ -200,7 +247,7 @@ class Round:
 
     @property
     def _by_audit(self) -> bool:
-        return self.config.certificate.method == "hypergeometric"
+        return self.config.certificate.by_audit
 
     # -------------------------------------------------------------------------- labels
     def label(self, purpose: str, structures: Sequence[Atoms]) -> None:
@@ -242,24 +289,18 @@ class Round:
 
     # ---------------------------------------------------------------------------- look
     def look(self, selection: Mapping[str, Any], pool: Mapping[str, Atoms]) -> Look:
-        """Compare the predictions with the labels that were made after them."""
+        """Label a sample, part by part, and compare with the predictions that were made before."""
         options = self.config.certificate
-        if not self._by_audit:
-            self.label("batch", [pool[key] for key in selection["batch"]])
-        sample = selection["audit"] if self._by_audit else selection["batch"]
-        later = {*selection["audit"], *selection["batch"]}
-        before = [key for key in pool if key not in later]
-        ok = self.store.keys("reference", LabelStatus.ok)
-        failed_keys = set(self._decided()) - set(ok)
-        known = set(ok)
-        counts = PoolCounts(
-            n_pool=len(pool),
-            n_labelled=sum(key in known for key in before),
-            n_failed=sum(key in failed_keys for key in before),
-        )
-        errors = [self._error(key, len(pool[key]), selection) for key in sample]
-        failed = np.array([key not in known for key in sample], dtype=bool)
-        look = take_look(counts, errors, failed, options, seed=self.config.seed, number=self.number)
+        purpose = "audit" if self._by_audit else "batch"
+        sample, done = selection[purpose], 0
+        while True:
+            part = next_part(done, len(sample), self.config.selection, options)
+            self.label(purpose, [pool[key] for key in sample[done : done + part]])
+            done += part
+            errors = [self._error(key, len(pool[key]), selection) for key in sample[:done]]
+            look = self._look_at(sample[:done], errors, selection, pool)
+            if done == len(sample) or is_decided(look, options):
+                break
         finite = [abs(e) for e in errors if np.isfinite(e)]
         self._event(
             "look",
@@ -272,6 +313,25 @@ class Round:
             certified=look.certified,
         )
         return look
+
+    def _look_at(
+        self,
+        sample: Sequence[str],
+        errors: Sequence[float],
+        selection: Mapping[str, Any],
+        pool: Mapping[str, Atoms],
+    ) -> Look:
+        later = {*selection["audit"], *selection.get("batch", ())}
+        before = [key for key in pool if key not in later]
+        known = set(self.store.keys("reference", LabelStatus.ok))
+        failed_keys = set(self._decided()) - known
+        counts = PoolCounts(
+            n_pool=len(pool),
+            n_labelled=sum(key in known for key in before),
+            n_failed=sum(key in failed_keys for key in before),
+        )
+        failed = np.array([key not in known for key in sample], dtype=bool)
+        return take_look(counts, errors, failed, self.config.certificate, number=self.number)
 
     def _error(self, key: str, n_atoms: int, selection: Mapping[str, Any]) -> float:
         label = self.store.get(key, "reference")
@@ -338,10 +398,9 @@ class Round:
         return stream(self.config.seed, self.number, purpose)
 
 
-def _finite(
-    predictions: Mapping[str, Mapping[str, Any]], names: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Return the named numbers of each prediction that has an energy, if all are finite."""
+def _finite(predictions: Mapping[str, Mapping[str, Any]], *more: str) -> dict[str, dict[str, Any]]:
+    """Return the numbers of each prediction that has an energy, if all are finite."""
+    names = ("energy", "uncertainty", *more)
     return {
         key: {name: np.asarray(p[name]).tolist() for name in names if name in p}
         for key, p in predictions.items()

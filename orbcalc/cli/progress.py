@@ -91,8 +91,9 @@ def event_in_words(record: Mapping[str, Any]) -> str:
     if event == "walk":
         return f"{where}a walker found {record['frames']} structures, ended: {record['ended']}"
     if event == "selection":
+        most = "at most " if record["purpose"] == "audit" else ""
         return (
-            f"{where}{record['audit']} drawn for the audit, {record['batch']} selected, "
+            f"{where}{most}{record['structures']} chosen for the {record['purpose']}, "
             f"of {record['unlabelled']} unlabelled"
         )
     if event == "labelled":

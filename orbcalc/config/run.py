@@ -75,7 +75,10 @@ class SelectionConfig(StrictModel):
     initial: int = Field(default=50, ge=2, description="random structures of the first round")
     batch: int = Field(default=40, ge=1, description="hardest structures of each later round")
     audit: int = Field(
-        default=40, ge=1, description="random structures labelled before they are trained on"
+        default=200, ge=1, description="most random structures labelled before they are trained on"
+    )
+    audit_step: int = Field(
+        default=20, ge=1, description="as many of them at a time, until the look is decided"
     )
     diversity: float = Field(
         default=2.0, ge=1, description="choose a spread-out batch among this many times as many"
@@ -89,7 +92,7 @@ class SelectionConfig(StrictModel):
 class CertificateConfig(StrictModel):
     """What is certified of the whole pool, and how surely."""
 
-    method: Literal["hypergeometric", "kl_batch"] = "hypergeometric"
+    method: Literal["sequential", "hypergeometric", "kl_batch"] = "sequential"
     quantity: Literal["energy_per_atom", "energy", "forces"] = "energy_per_atom"
     tolerance: float = Field(
         default=0.005, gt=0, description="largest error of a hit: eV/atom, eV, or eV/Å of an atom"
@@ -108,9 +111,14 @@ class CertificateConfig(StrictModel):
     def _mean_error(self) -> CertificateConfig:
         if self.mean_error is not None and self.mean_error > self.tolerance:
             raise ValueError("mean_error exceeds the tolerance, at which errors are clipped")
-        if self.mean_error is not None and self.method != "hypergeometric":
+        if self.mean_error is not None and not self.by_audit:
             raise ValueError(f"mean_error needs a random audit, which {self.method} has not")
         return self
+
+    @property
+    def by_audit(self) -> bool:
+        """Whether looks are taken at random audits, not at the batch."""
+        return self.method != "kl_batch"
 
 
 class StopConfig(StrictModel):

@@ -282,6 +282,7 @@ def _proof(run: RunFacts) -> dict[str, str]:
         "Mean error (clipped)": _mean_error(run),
         "Confidence (1 − δ)": f"{100 * (1 - options.delta):g} % over all looks together",
         "Method": {
+            "sequential": "random audit without replacement, part by part; exact sequential bound",
             "hypergeometric": "random audit without replacement, exact hypergeometric bound",
             "kl_batch": "hardest batch, KL bound; rests on two assumptions that are not checked",
         }[options.method],

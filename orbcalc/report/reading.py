@@ -99,8 +99,11 @@ def _round(
 ) -> RoundFacts:
     selection = read_json(files.selection) if files.selection.is_file() else {}
     labels, predictions = sources.labels, selection.get("predictions", {})
+    look, by_audit = _look(files, number, sources), sources.config.certificate.by_audit
     audit, batch = (tuple(selection.get(name, ())) for name in ("audit", "batch"))
-    by_audit = sources.config.certificate.method == "hypergeometric"
+    # Of those drawn, what was labelled before the look was decided; the others are open again.
+    n_audit = sum(labels.status(key) is not None for key in audit) if look is None else look.n_audit
+    audit, sample = audit[:n_audit], audit[:n_audit] if by_audit else batch
     return RoundFacts(
         number=number,
         n_pool=n_pool,
@@ -108,9 +111,9 @@ def _round(
         audit=audit,
         batch=batch,
         statuses={"audit": labels.count(audit), "batch": labels.count(batch)},
-        audited=labels.compare(audit if by_audit else batch, predictions),
+        audited=None if look is None else labels.compare(sample, predictions),
         acquired=labels.compare(batch, predictions) if by_audit else None,
-        look=_look(files, number, sources),
+        look=look,
         valid_errors=_valid_errors(files, number, sources.events),
         finished=files.summary.is_file(),
     )

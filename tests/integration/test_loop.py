@@ -46,6 +46,7 @@ from orbcalc.properties import (
     XTB_FORCES,
 )
 from orbcalc.report import write_report
+from orbcalc.report.reading import read_run
 from orbcalc.results import results_of
 from orbcalc.structures import read_structures, structure_key
 
@@ -110,9 +111,9 @@ def test_its_certificate_says_why_it_ended(story: Story) -> None:
 def test_its_events_tell_the_story_in_order(story: Story) -> None:
     events = read_jsonl(story.undisturbed / "events.jsonl")
     one_round = ["walk", "walk", "pool", "selection", "labelled", "trained", "round"]
-    later = ["walk", "walk", "pool", "selection", "labelled", "look", "labelled", "trained"]
-    last = ["selection", "labelled", "look", "finished"]
-    assert [e["event"] for e in events] == [*one_round, *later, "round", *last]
+    look, batch = ["selection", "labelled", "look"], ["selection", "labelled", "trained"]
+    later = ["walk", "walk", "pool", *look, *batch, "round"]
+    assert [e["event"] for e in events] == [*one_round, *later, *look, "finished"]
     walks = [e for e in events if e["event"] == "walk"]
     assert [w["ended"] for w in walks] == ["finished"] * 4
     assert [w["frames"] for w in walks] == [5] * 4
@@ -409,6 +410,55 @@ def test_the_files_of_the_pool_are_read_once(
         assert paths.count(start) == ("start" in sources)
         pool_of_run = RunFolder(config.output).pool(1)
         assert len(pool_of_run) == (32 if sources else 30)
+
+
+def test_an_audit_is_labelled_until_it_decides(client: Client, pool: Path, tmp_path: Path) -> None:
+    def config_of(name: str, tolerance: float) -> RunConfig:
+        return run_config(
+            pool,
+            tmp_path / name,
+            certificate={"tolerance": tolerance, "accuracy": 0.7, "delta": 0.2},
+            selection={"audit": 15, "audit_step": 3},
+            stop={"max_rounds": 2},
+        )
+
+    def story(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+        selection = read_json(config.output / "rounds" / "001" / "selection.json")
+        assert len(selection["audit"]) == 15
+        assert {*selection["audit"]} <= selection["predictions"].keys()
+        events = read_jsonl(config.output / "events.jsonl")
+        return selection, [e["purpose"] for e in events if e["event"] == "labelled"]
+
+    good, stopped, bad = (
+        config_of("good", 100.0),
+        config_of("stopped", 100.0),
+        config_of("bad", 1e-9),
+    )
+    certificate = run(good, client=client)
+    assert certificate.certified
+    (look,) = certificate.looks
+    assert look.n_audit in (3, 6, 9, 12)
+    selection, labelled = story(good)
+    assert labelled == ["batch", *["audit"] * (look.n_audit // 3)]
+    assert "batch" not in selection
+    store = LabelStore(good.output / "labels.db")
+    known = [store.status(key, "reference") is not None for key in selection["audit"]]
+    assert known == [True] * look.n_audit + [False] * (15 - look.n_audit)
+
+    with pytest.raises(StopHereError):  # after the first part
+        run(stopped, client=client, notify=stop_at(event="labelled", purpose="audit"))
+    assert run(stopped, client=client).looks == certificate.looks
+    assert story(stopped)[0] == selection
+
+    certificate = run(bad, client=client)
+    assert [look.n_audit for look in certificate.looks] == [3, 3]  # in vain, which is soon seen
+    selection, labelled = story(bad)
+    assert labelled == ["batch", "audit", "batch", "audit"]
+    assert len(selection["batch"]) == 6
+    assert not {*selection["audit"][:3]} & {*selection["batch"]}
+    facts = read_run(bad.output)
+    assert [len(r.audit) for r in facts.rounds] == [0, 3, 3]
+    assert [r.statuses["audit"]["waiting"] for r in facts.rounds] == [0, 0, 0]
 
 
 def test_a_run_with_a_changed_pool_is_refused(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from orbcalc.active.bounds import max_mean
+from orbcalc.active.bounds import max_mean, max_misses, max_misses_sequential
 from orbcalc.active.design import InferenceSetDesign
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
 
@@ -31,6 +31,50 @@ def test_betting_covers_at_all_times(shape: tuple[float, float]) -> None:
         assert wrong.mean() > DELTA / 4
 
 
+def chance_ever_too_low(population: int, misses: int, delta: float, expected: int) -> float:
+    """Return the probability that the bound is below the truth after any draw, exactly."""
+    alive, lost = np.zeros(misses + 2), 0.0
+    alive[0] = 1.0  # by misses drawn so far
+    seen = np.arange(misses + 2)
+    for size in range(1, population + 1):
+        miss = np.clip((misses - seen) / (population - size + 1), 0, 1)
+        drawn = alive * (1 - miss)
+        drawn[1:] += (alive * miss)[:-1]
+        bounds = np.array(
+            [
+                max_misses_sequential(population, size, k, delta, expected=expected)
+                if drawn[k] > 0
+                else population
+                for k in range(misses + 2)
+            ]
+        )
+        lost += drawn[bounds < misses].sum()
+        alive = np.where(bounds < misses, 0.0, drawn)
+    return lost
+
+
+@pytest.mark.parametrize(("population", "expected"), [(15, 0), (15, 15), (40, 2), (40, 8)])
+@pytest.mark.parametrize("delta", [0.3, 0.05])
+def test_the_sequential_bound_holds_at_all_times(
+    population: int, expected: int, delta: float
+) -> None:
+    chances = [
+        chance_ever_too_low(population, misses, delta, expected) for misses in range(population + 1)
+    ]
+    assert delta / 5 < max(chances) <= delta  # and it is not vacuous
+
+
+def test_the_fixed_bound_does_not() -> None:
+    """It is for one look: a sample that is looked at as it grows breaks it."""
+    rng = np.random.default_rng(0)
+    misses = np.arange(60) < 12
+    wrong = 0
+    for _ in range(2000):
+        found = np.cumsum(rng.permutation(misses))
+        wrong += any(max_misses(60, s, int(found[s - 1]), DELTA) < 12 for s in range(1, 60))
+    assert limits(wrong, 2000)[0] > DELTA
+
+
 def confidently_wrong(seed: int, method: str, **rules: float) -> tuple[bool, bool]:
     """Let a fifth be wrong with the lowest scores; return (certified, falsely)."""
     rng = np.random.default_rng([seed, 1])
@@ -39,7 +83,7 @@ def confidently_wrong(seed: int, method: str, **rules: float) -> tuple[bool, boo
     cannot = rng.random(N) < 0.02
     design = InferenceSetDesign(
         N,
-        selection=SelectionConfig(initial=20, batch=30, audit=20, diversity=1),
+        selection=SelectionConfig(initial=20, batch=30, audit=20, audit_step=7, diversity=1),
         certificate=CertificateConfig(
             method=method, tolerance=1.0, accuracy=0.85, delta=DELTA, **rules
         ),
@@ -58,9 +102,10 @@ def confidently_wrong(seed: int, method: str, **rules: float) -> tuple[bool, boo
     return certified, certified and not true
 
 
+@pytest.mark.parametrize("method", ["sequential", "hypergeometric"])
 @pytest.mark.parametrize("rules", [{}, {"mean_error": 0.3}])
-def test_audited_designs_cover(rules: dict[str, float]) -> None:
-    found = np.array([confidently_wrong(s, "hypergeometric", **rules) for s in range(250)])
+def test_audited_designs_cover(method: str, rules: dict[str, float]) -> None:
+    found = np.array([confidently_wrong(s, method, **rules) for s in range(250)])
     assert limits(int(found[:, 1].sum()), 250)[1] <= DELTA
 
 

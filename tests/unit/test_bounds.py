@@ -17,6 +17,7 @@ from orbcalc.active.bounds import (
     look_level,
     max_mean,
     max_misses,
+    max_misses_sequential,
 )
 from orbcalc.errors import ConfigError
 
@@ -99,6 +100,50 @@ def test_bound_at_the_edges() -> None:
 def test_impossible_samples_are_refused(numbers) -> None:
     with pytest.raises(ConfigError, match="expected misses <= sample <= population"):
         max_misses(*numbers, 0.05)
+
+
+# ------------------------------------------------------------------------- sequential
+@settings(deadline=None)
+@given(samples(), deltas, st.integers(0, 60))
+def test_sequential_bound_equals_brute_force(sizes, delta: float, expected: int) -> None:
+    population, sample, misses = sizes
+    expected = min(expected, population)
+    possible = range(misses, population - (sample - misses) + 1)
+
+    def chance(m: int) -> Fraction:  # of these misses, in the order in which they came
+        ways = math.comb(population - sample, m - misses)
+        return Fraction(ways, math.comb(population, m))
+
+    usual = Fraction(9, 10) / (expected + 1)
+    evidence = sum(
+        chance(m) * ((m <= expected) * usual + Fraction(1, 10) / (population + 1)) for m in possible
+    )
+    limit = Fraction(delta) * evidence * (1 - Fraction(1, 10**6))
+    found = max_misses_sequential(population, sample, misses, delta, expected=expected)
+    assert found == max(m for m in possible if chance(m) > limit)
+
+
+@settings(deadline=None)
+@given(samples(), deltas, st.integers(0, 60))
+def test_sequential_bound_is_monotone_and_dearer(sizes, delta: float, expected: int) -> None:
+    population, sample, misses = sizes
+    expected = min(expected, population)
+    found = max_misses_sequential(population, sample, misses, delta, expected=expected)
+    assert found >= max_misses(population, sample, misses, delta)
+    if misses < sample:  # a hit that is turned into a miss repairs nothing
+        worse = max_misses_sequential(population, sample, misses + 1, delta, expected=expected)
+        assert worse >= found + 1
+
+
+def test_sequential_bound_of_large_pools() -> None:
+    bound = max_misses_sequential(1_000_000, 200, 0, 0.05, expected=25_000)
+    assert max_misses(1_000_000, 200, 0, 0.05) < bound < 25_000
+    assert max_misses_sequential(10, 0, 0, 0.05, expected=0) == 10  # nothing seen
+    assert max_misses_sequential(10, 10, 4, 0.05, expected=0) == 4  # all seen
+    with pytest.raises(ConfigError, match="11 misses expected among 10"):
+        max_misses_sequential(10, 5, 0, 0.05, expected=11)
+    with pytest.raises(ConfigError, match="misses <= sample"):
+        max_misses_sequential(10, 5, 6, 0.05, expected=1)
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -0.1, float("nan")])

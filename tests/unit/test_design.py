@@ -9,13 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orbcalc.active.design import InferenceSetDesign, choose, largest_errors, reason_to_end
+from orbcalc.active.design import (
+    InferenceSetDesign,
+    choose_batch,
+    largest_errors,
+    reason_to_end,
+)
 from orbcalc.active.looks import PoolCounts, audit_look
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
 from orbcalc.errors import ConfigError
 
 SIZES = SelectionConfig(initial=10, batch=8, audit=12)
 RULES = CertificateConfig(tolerance=0.5, accuracy=0.8, delta=0.1)
+FIXED = RULES.model_copy(update={"method": "hypergeometric"})
 
 
 def finish(
@@ -45,7 +51,7 @@ def make(n: int, **changes) -> InferenceSetDesign:
 
 # ------------------------------------------------------------------------------ protocol
 def test_a_good_model_is_certified_at_the_first_look() -> None:
-    design = make(200, name="squares", quantity="area")
+    design = make(200, certificate=FIXED, name="squares", quantity="area")
     asked = finish(design, np.zeros(200), np.zeros(200))
     assert [len(a) for a in asked] == [10, 12]
     assert design.certificate.certified
@@ -55,6 +61,53 @@ def test_a_good_model_is_certified_at_the_first_look() -> None:
     assert "structure" not in statement
     assert "(area)" in statement
     assert sorted(design.labelled) == sorted(np.concatenate(asked))
+
+
+def test_a_sequential_audit_goes_on_until_it_decides() -> None:
+    sizes = SIZES.model_copy(update={"audit": 60, "audit_step": 5})
+    good = make(200, selection=sizes)
+    asked = finish(good, np.zeros(200), np.zeros(200))
+    assert good.certificate.certified
+    assert [len(a) for a in asked] == [10, 5, 5, 5]
+    assert [look.n_audit for look in good.looks] == [15]
+    shorter = audit_look(
+        PoolCounts(200, 10, 0),
+        np.ones(10, dtype=bool),
+        look=1,
+        gamma=0.8,
+        delta=0.1,
+        method="sequential",
+    )
+    assert not shorter.certified
+    bad = make(200, selection=sizes, stop=StopConfig(max_rounds=2))
+    asked = finish(bad, np.zeros(200), np.ones(200))
+    assert [len(a) for a in asked] == [10, 5, 8, 5]  # one part tells that it is in vain
+    everything = np.concatenate(asked)
+    assert len(set(everything.tolist())) == len(everything)
+
+
+def test_a_sequential_audit_ends_at_its_limit_and_at_the_budget() -> None:
+    truth = np.zeros(200)
+    truth[::9] = 1.0  # 11 % misses, which is neither good nor bad
+    sizes = SelectionConfig(initial=10, batch=8, audit=25, audit_step=10)
+    design = make(200, selection=sizes, stop=StopConfig(max_rounds=1), seed=4)
+    assert [len(a) for a in finish(design, truth, np.zeros(200))] == [10, 10, 10, 5]
+    assert design.certificate.reason == "max_rounds"
+    design = make(200, selection=sizes, stop=StopConfig(max_labels=24), seed=4)
+    assert sum(len(a) for a in finish(design, truth, np.zeros(200))) == 24
+    assert design.certificate.reason == "max_labels"
+
+
+def test_an_audit_of_mean_errors_goes_on_while_they_are_not_proved() -> None:
+    rules = CertificateConfig(tolerance=1.0, accuracy=0.5, mean_error=0.2)
+    sizes = SelectionConfig(initial=10, batch=10, audit=200, audit_step=10)
+    near, far = (make(300, certificate=rules, selection=sizes) for _ in range(2))
+    finish(near, np.zeros(300), np.full(300, 0.1))
+    assert near.certificate.certified
+    assert near.looks[0].n_audit > 10  # whose hits alone would prove the share
+    finish(far, np.zeros(300), np.full(300, 0.4))
+    assert far.looks[0].n_audit == 10
+    assert far.looks[0].accuracy_bound > 0.5
 
 
 def test_every_index_is_asked_for_once_and_by_the_stated_sizes() -> None:
@@ -109,7 +162,7 @@ def test_the_published_rule_asks_for_no_audit() -> None:
 
 def test_mean_errors_are_certified_too() -> None:
     rules = CertificateConfig(tolerance=1.0, accuracy=0.8, mean_error=0.3)
-    sizes = SelectionConfig(initial=10, batch=10, audit=60)
+    sizes = SelectionConfig(initial=10, batch=10, audit=60, audit_step=60)
     good, bad = (make(300, certificate=rules, selection=sizes) for _ in range(2))
     finish(good, np.zeros(300), np.full(300, 0.05))
     assert good.certificate.certified
@@ -124,11 +177,11 @@ def test_mean_errors_are_certified_too() -> None:
 
 def test_losses_are_shuffled_before_they_are_bet_on() -> None:
     rules = CertificateConfig(tolerance=1.0, accuracy=0.5, mean_error=0.9)
-    sizes = SelectionConfig(initial=10, batch=10, audit=90)
+    sizes = SelectionConfig(initial=10, batch=10, audit=90, audit_step=90)
     design = make(100, certificate=rules, selection=sizes)
     finish(design, np.zeros(100), np.arange(100) / 100)
     losses = np.array(design.looks[0].losses)
-    assert (np.diff(losses) < 0).sum() > 20  # the audit itself is sorted
+    assert (np.diff(losses) < 0).sum() > 20
 
 
 def test_labels_of_several_numbers_are_compared_by_the_largest_error() -> None:
@@ -144,14 +197,11 @@ def test_labels_of_several_numbers_are_compared_by_the_largest_error() -> None:
 def test_features_and_costs_reach_the_selection() -> None:
     features = np.repeat(np.arange(8.0), 25)[:, None]
     sizes = SIZES.model_copy(update={"method": "diversity"})
-    choice = choose(
-        np.zeros(200), sizes, audited=True, budget=None, seed=0, number=1, features=features
-    )
-    assert len(set(features[choice.batch, 0])) == 8
+    terms = {"budget": None, "seed": 0, "number": 1}
+    batch = choose_batch(np.zeros(200), sizes, features=features, **terms)
+    assert len(set(features[batch, 0])) == 8
     costs = np.where(np.arange(200) < 50, 1.0, 100.0)
-    choice = choose(np.ones(200), SIZES, audited=False, budget=None, seed=0, number=1, costs=costs)
-    assert len(choice.audit) == 0
-    assert (choice.batch < 50).all()
+    assert (choose_batch(np.ones(200), SIZES, costs=costs, **terms) < 50).all()
 
 
 # ------------------------------------------------------------------------------ refusals
@@ -189,7 +239,7 @@ def test_an_empty_pool_is_refused() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 15, 22])
-@pytest.mark.parametrize("method", ["hypergeometric", "kl_batch"])
+@pytest.mark.parametrize("method", ["sequential", "hypergeometric", "kl_batch"])
 def test_pools_smaller_than_a_round_are_labelled_and_then_right(n: int, method) -> None:
     design = make(n, certificate=RULES.model_copy(update={"method": method}))
     finish(design, np.zeros(n), np.ones(n))  # a model that is always wrong
