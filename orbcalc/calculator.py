@@ -251,7 +251,8 @@ def predict(
     MissingLabelError
         If it lacks the labels of the baseline, and `on_error` is "raise".
     LabelConflictError
-        If another version of tblite is installed than the model's baseline was computed with.
+        If another version of tblite is installed than the model's baseline was computed with, or
+        labels that are taken for it are of another.
     PropertyNotImplementedError
         If there is no such property, or the model was not trained for it.
     """
@@ -299,14 +300,20 @@ def baseline_worker(model: Committee, metadata: Mapping[str, Any]) -> BaselineWo
     """
     if model.first.config.baseline == "none":
         return None
-    return BaselineWorker(trained_with=(metadata.get("labels") or {}).get("charges"))
+    return BaselineWorker(_trained_with(metadata))
+
+
+def _trained_with(metadata: Mapping[str, Any]) -> str | None:
+    """Return the method of the GFN1-xTB labels that a model has seen, if its file says it."""
+    found: str | None = (metadata.get("labels") or {}).get("charges")
+    return found
 
 
 def _below(
     model: Committee, metadata: Mapping[str, Any], structures: Sequence[Atoms], source: str
 ) -> Iterator[Outcome]:
     if source == "labels":
-        yield from labelled_baseline(structures)
+        yield from labelled_baseline(structures, _trained_with(metadata))
     elif (worker := baseline_worker(model, metadata)) is not None:
         with closing(worker):
             yield from worker.compute(structures)

@@ -12,7 +12,7 @@ from orbcalc.errors import LabelConflictError, MissingLabelError, StructureError
 from orbcalc.labels.compute import label_provenance
 from orbcalc.labels.label import Values
 from orbcalc.labels.process import WorkerProcess
-from orbcalc.properties import XTB_ENERGY, XTB_FORCES
+from orbcalc.properties import XTB_ENERGY, XTB_FORCES, XTB_METHOD
 from orbcalc.structures import geometry
 
 __all__ = ["BaselineWorker", "Outcome", "labelled_baseline"]
@@ -47,6 +47,7 @@ class BaselineWorker:
                 f"the model is the difference from {trained_with}, but installed is {here}, "
                 f"whose energies may be others. Install the version of tblite that it names."
             )
+        self.method = here
         self._process = WorkerProcess()
 
     def compute(self, structures: Sequence[Atoms]) -> Iterator[Outcome]:
@@ -74,10 +75,12 @@ class BaselineWorker:
         ------
         StructureError
             If one of them cannot be computed.
+        LabelConflictError
+            If one has labels of another version.
         LabelError
             As :meth:`compute`.
         """
-        missing = [atoms for atoms in structures if not _is_labelled(atoms)]
+        missing = [atoms for atoms in structures if not _is_labelled(atoms, self.method)]
         for atoms, outcome in zip(missing, self.compute(missing), strict=True):
             if isinstance(outcome, Exception):
                 raise outcome
@@ -89,10 +92,18 @@ class BaselineWorker:
         self._process.close()
 
 
-def labelled_baseline(structures: Sequence[Atoms]) -> Iterator[Outcome]:
-    """Read the labels that structures carry; no stress is among them."""
+def labelled_baseline(
+    structures: Sequence[Atoms], trained_with: str | None = None
+) -> Iterator[Outcome]:
+    """Read the labels that structures carry; no stress is among them.
+
+    Raises
+    ------
+    LabelConflictError
+        If they name another method than the one of the labels that were trained on.
+    """
     for atoms in structures:
-        if _is_labelled(atoms):
+        if _is_labelled(atoms, trained_with):
             yield {"energy": float(atoms.info[XTB_ENERGY]), "forces": atoms.arrays[XTB_FORCES]}
         else:
             yield MissingLabelError(
@@ -101,8 +112,15 @@ def labelled_baseline(structures: Sequence[Atoms]) -> Iterator[Outcome]:
             )
 
 
-def _is_labelled(atoms: Atoms) -> bool:
-    return XTB_ENERGY in atoms.info and XTB_FORCES in atoms.arrays
+def _is_labelled(atoms: Atoms, method: str | None) -> bool:
+    found = XTB_ENERGY in atoms.info and XTB_FORCES in atoms.arrays
+    own = atoms.info.get(XTB_METHOD)  # not all files say it
+    if found and own is not None and method not in (None, own):
+        raise LabelConflictError(
+            f"{atoms.get_chemical_formula()} has GFN1-xTB labels of {own}, but the model is the "
+            f"difference from {method}, whose energies may be others. Label it again."
+        )
+    return found
 
 
 def _failure(atoms: Atoms, error: Exception) -> StructureError:

@@ -21,7 +21,14 @@ from orbcalc.labels.baseline import BaselineWorker
 from orbcalc.labels.process import WorkerProcess
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS, XTB_ENERGY, XTB_FORCES
+from orbcalc.properties import (
+    REF_ENERGY,
+    REF_FORCES,
+    REF_STRESS,
+    XTB_ENERGY,
+    XTB_FORCES,
+    XTB_METHOD,
+)
 from orbcalc.testing import STENCIL
 from orbcalc.training.dataset import LabelDataset
 
@@ -168,6 +175,22 @@ def test_another_version_of_tblite_is_refused(above: Committee, tmp_path: Path) 
     for use in (OrbcalcCalculator, lambda model: predict(model, [structures.water()])):
         with pytest.raises(LabelConflictError, match=r"difference from GFN1-xTB \(tblite 0.1.0\)"):
             use(path)
+
+
+def test_labels_of_another_version_are_refused(
+    above: Committee, labelled: list[Atoms], tmp_path: Path
+) -> None:
+    path, own = tmp_path / "model.orbcalc", labelled[0].copy()
+    worker = BaselineWorker()
+    save_model(path, above, {"labels": {"charges": worker.method}})
+    own.info[XTB_METHOD] = worker.method
+    assert predict(path, [own], baseline="labels")[0]["energy"] < -100
+    worker.label([own])
+    own.info[XTB_METHOD] = "GFN1-xTB (tblite 0.1.0)"
+    for use in (worker.label, lambda some: predict(path, some, baseline="labels")):
+        with pytest.raises(LabelConflictError, match=r"H2O has .* labels of .*tblite 0\.1\.0"):
+            use([own])
+    worker.close()
 
 
 # ----------------------------------------------------------------------------- training
