@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 
 from orbcalc.config import CertificateConfig, SelectionConfig
 
-SIZES = SelectionConfig(initial=60, batch=40, audit=120, diversity=1)
+SIZES = SelectionConfig(initial=60, batch=40, diversity=1)
 RULES = CertificateConfig(tolerance=0.5, accuracy=0.97, delta=0.05)
 
 

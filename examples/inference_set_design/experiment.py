@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.design import InferenceSetDesign
-from orbcalc.config import CertificateConfig, SelectionConfig
+from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
 
 #: From the indices that are labelled to predicted classes and scores (higher: harder) of all.
 FitPredict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -49,6 +49,7 @@ def run_design(
         len(truth),
         selection=selection,
         certificate=certificate,
+        stop=StopConfig(max_rounds=30),
         seed=seed,
         quantity="number of the class",
         name=name,

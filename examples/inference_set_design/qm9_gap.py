@@ -19,7 +19,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from orbcalc.config import CertificateConfig, SelectionConfig
 
 ELEMENTS = (1, 6, 7, 8, 9)
-SIZES = SelectionConfig(initial=500, batch=500, audit=250, diversity=1)
+SIZES = SelectionConfig(initial=500, batch=500, audit=400, diversity=1)
 RULES = CertificateConfig(tolerance=0.5, accuracy=0.95, delta=0.05)
 
 
