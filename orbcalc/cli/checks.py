@@ -33,6 +33,10 @@ def _check_run(config: RunConfig) -> None:
     structures = read_structures(source.structures) if source.structures else []
     starts = read_structures(source.start) if source.start else []
     output.print(f"pool: {len(structures)} structures from files, {len(starts)} to start MD from")
+    if config.certificate.by_audit:
+        md = source.md
+        sampled = 0 if md is None else md.rounds * md.walkers * (md.steps // md.every)
+        output.print(_first_look(config, len(structures) + sampled))
     if config.labels.reference.calculator == "file":
         check_file_labels(structures, config.labels)
     probe = max(structures or starts, key=len)
@@ -44,6 +48,32 @@ def _check_run(config: RunConfig) -> None:
             )
             if item.status != "ok":
                 raise OrbcalcError("the largest structure could not be labelled")
+
+
+def _first_look(config: RunConfig, n_pool: int) -> str:
+    """Say what the first look takes, at best."""
+    from bisect import bisect_left
+
+    import numpy as np
+
+    from orbcalc.active.certificate import PoolCounts
+    from orbcalc.active.design import take_look
+
+    sizes, options = config.selection, config.certificate
+    n_known = min(sizes.initial, n_pool)
+    counts = PoolCounts(n_pool, n_known, 0)
+
+    def proves(n_hits: int) -> bool:
+        none = np.zeros(n_hits)
+        return take_look(counts, none, none > 0, options, number=1).certified
+
+    needed = bisect_left(range(n_pool - n_known), True, key=proves)
+    advice = "" if needed <= sizes.audit else ": raise it to certify at the first look"
+    return (
+        f"certificate: with {n_known} of {n_pool} structures labelled, {needed} in an audit "
+        f"without a miss prove that {100 * options.accuracy:g} % are right; selection.audit is "
+        f"{sizes.audit}{advice}"
+    )
 
 
 def _check_training(config: TrainConfig) -> None:

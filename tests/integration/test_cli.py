@@ -110,6 +110,8 @@ def test_check_finds_no_fault_and_times_one_label(cli: Cli, here: Path, pool: Pa
     found = cli("check", write_yaml(Path("run.yaml"), run_data(pool, here / "run")))
     assert found.code == 0, found.err
     assert "pool: 30 structures from files, 0 to start MD from" in found.out
+    assert "with 10 of 30 structures labelled, 11 in an audit without a miss prove" in found.out
+    assert "that 90 % are right; selection.audit is 4: raise it to certify" in found.out
     assert re.search(r"charges label of H2O: ok in \d+\.\d\d s by GFN1-xTB \(tblite", found.out)
     assert re.search(r"reference label of H2O: ok in \d+\.\d\d s by GFN2-xTB \(tblite", found.out)
     assert not (here / "run").exists()
