@@ -47,7 +47,7 @@ class Scenario:
     selection: SelectionConfig = field(
         default_factory=lambda: SelectionConfig(initial=50, batch=50, audit=50)
     )
-    max_rounds: int = 10
+    max_rounds: int = 20
 
 
 def _learning(
