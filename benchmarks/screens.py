@@ -169,6 +169,7 @@ def oracle(
 ) -> dict[str, Any]:
     """Count the labels of one who sees all errors, labels the worst, and stops when it is true."""
     truth, sizes = screen.energies[pool], screen.selection
+    step = sizes.batch + sizes.audit_step
     is_open = np.ones(len(pool), dtype=bool)
     is_open[np.random.default_rng(seed).permutation(len(pool))[: sizes.initial]] = False
     while is_open.any():
@@ -176,9 +177,9 @@ def oracle(
         errors = np.nan_to_num(np.abs(model(known, truth[known])[0] - truth), nan=np.inf)
         errors[~is_open] = 0.0
         excess = int((errors > tolerance).sum() - np.floor((1 - ACCURACY) * len(pool) + 1e-9))
-        if excess <= sizes.batch + sizes.audit:
+        if excess <= step:
             return {"labels": len(known) + max(excess, 0)}
-        is_open[np.argsort(-errors)[: sizes.batch + sizes.audit]] = False
+        is_open[np.argsort(-errors)[:step]] = False
     return {"labels": len(pool)}
 
 
