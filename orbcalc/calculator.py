@@ -22,7 +22,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from orbcalc.errors import StructureError
 from orbcalc.graph import AtomGraph
-from orbcalc.labels.baseline import BaselineWorker, Outcome, labelled_baseline
+from orbcalc.labels.baseline import BaselineWorker, Outcome, labelled_baseline, raised
 from orbcalc.labels.label import Values
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee, CommitteePrediction
@@ -173,7 +173,7 @@ class OrbcalcCalculator(Calculator):
         (found,) = _results(prediction, graph, self.model, properties)
         if self._baseline is not None:
             if not self._below:
-                (self._below,) = _raised(self._baseline.compute([current]))
+                (self._below,) = raised(self._baseline.compute([current]))
             found = _added(found, self._below)
         self.results = found if system_changes else {**self.results, **found}
 
@@ -276,7 +276,7 @@ def predict(
         return results
     known = [index for index, result in enumerate(results) if result]
     below = _below(committee, metadata, [atoms_list[index] for index in known], baseline)
-    for index, values in zip(known, below if on_error == "skip" else _raised(below), strict=True):
+    for index, values in zip(known, below if on_error == "skip" else raised(below), strict=True):
         results[index] = {} if isinstance(values, Exception) else _added(results[index], values)
     return results
 
@@ -317,14 +317,6 @@ def _below(
     elif (worker := baseline_worker(model, metadata)) is not None:
         with closing(worker):
             yield from worker.compute(structures)
-
-
-def _raised(outcomes: Iterable[Outcome]) -> Iterator[Values]:
-    """Raise the first failure."""
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
-        yield outcome
 
 
 def _added(results: Results, below: Values) -> Results:

@@ -1,200 +1,38 @@
 """Inference set design for any predictor: label the hard part, predict the rest, stop by proof.
 
-The decisions of the active-learning loop, without the loop: `orbcalc run` takes its own through
-the functions of this module, and :class:`InferenceSetDesign` offers them to any model of any
-kind of object (idea: arXiv 2410.19631). Nothing here loads torch, Dask or ASE; predictions and
-scores come in as arrays, indices go out.
+The decisions of the active-learning loop (:mod:`orbcalc.active.decisions`), without the loop, for
+any model of any kind of object (idea: arXiv 2410.19631). Nothing here loads torch, Dask or ASE;
+predictions and scores come in as arrays, indices go out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 import orbcalc
-from orbcalc.active.certificate import (
-    Certificate,
-    Look,
-    PoolCounts,
-    audit_look,
-    clipped_losses,
-    hits,
-    kl_batch_look,
+from orbcalc.active.certificate import Certificate, Look, PoolCounts
+from orbcalc.active.decisions import (
+    Indices,
+    choose_audit,
+    choose_batch,
+    is_decided,
+    next_part,
+    reason_to_end,
+    stream,
+    take_look,
 )
-from orbcalc.active.selection import as_count, draw_audit, select_batch
+from orbcalc.active.selection import as_count, draw_audit
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
 from orbcalc.errors import ConfigError
 
-__all__ = [
-    "InferenceSetDesign",
-    "choose_audit",
-    "choose_batch",
-    "is_decided",
-    "next_part",
-    "reason_to_end",
-    "stream",
-    "take_look",
-]
-
-Indices = Int[np.ndarray, " k"]
-Stream = Literal["training", "audit", "batch", "md", "order"]
-
-#: Independent random streams of a round.
-_STREAMS: dict[Stream, int] = {"training": 0, "audit": 1, "batch": 2, "md": 3, "order": 4}
+__all__ = ["InferenceSetDesign", "largest_errors"]
 
 
-# --------------------------------------------------------------- decisions, as functions
-def stream(seed: int, number: int, purpose: Stream) -> np.random.Generator:
-    """Return the random stream of one purpose in one round, the same after a resume."""
-    return np.random.default_rng([seed, number, _STREAMS[purpose]])
-
-
-def choose_audit(
-    n_candidates: int, options: SelectionConfig, *, budget: int | None, seed: int, number: int
-) -> Indices:
-    """Draw the audit of a round: positions, in the random order in which they are labelled.
-
-    Parameters
-    ----------
-    n_candidates
-        Size of the inference set.
-    options
-        Has the size.
-    budget
-        How many may still be labelled. None: no limit.
-    seed, number
-        Of the run and the round; they make the random streams.
-    """
-    size = options.audit if budget is None else min(options.audit, max(budget, 0))
-    audit = draw_audit(n_candidates, size, stream(seed, number, "audit"))
-    order: Indices = stream(seed, number, "order").permutation(audit)
-    return order
-
-
-def choose_batch(
-    scores: npt.ArrayLike,
-    options: SelectionConfig,
-    *,
-    budget: int | None,
-    seed: int,
-    number: int,
-    features: npt.ArrayLike | None = None,
-    costs: npt.ArrayLike | None = None,
-) -> Indices:
-    """Select the batch of a round: positions, in the order of choice.
-
-    Parameters
-    ----------
-    scores
-        (n,) of the candidates, higher is harder.
-    options
-        Size and method.
-    budget, seed, number
-        As in :func:`choose_audit`.
-    features, costs
-        As in :func:`orbcalc.active.selection.select_batch`.
-
-    Raises
-    ------
-    ConfigError
-        As :func:`orbcalc.active.selection.select_batch`.
-    """
-    return select_batch(
-        options.method,
-        scores,
-        options.batch if budget is None else min(options.batch, max(budget, 0)),
-        features=features,
-        costs=costs,
-        diversity=options.diversity,
-        rng=stream(seed, number, "batch"),
-    )
-
-
-def next_part(done: int, size: int, selection: SelectionConfig, options: CertificateConfig) -> int:
-    """Return how many of a sample are labelled next, when some of them are."""
-    step = selection.audit_step if options.method == "sequential" else size
-    return min(step, size - done)
-
-
-def take_look(
-    counts: PoolCounts,
-    errors: npt.ArrayLike,
-    failed: npt.ArrayLike,
-    options: CertificateConfig,
-    *,
-    number: int,
-) -> Look:
-    """Compare the predictions of a sample with its labels, by the method of a configuration.
-
-    Parameters
-    ----------
-    counts
-        The pool without the sample's labels.
-    errors
-        (s,) prediction minus label of the audit (or, for ``kl_batch``, of the batch) in the order
-        in which they were drawn; NaN where there is no prediction.
-    failed
-        (s,) booleans: the label failed. Such a structure is a miss whatever its error says.
-    options
-        Method, tolerance and risks.
-    number
-        Of the look, from 1.
-
-    Raises
-    ------
-    ConfigError
-        As :func:`orbcalc.active.looks.audit_look`.
-    """
-    error = np.where(np.asarray(failed, dtype=bool), np.nan, np.asarray(errors, dtype=np.float64))
-    fail: Bool[np.ndarray, " s"] = np.asarray(failed, dtype=bool)
-    hit = hits(error, options.tolerance)
-    terms: dict[str, Any] = {"look": number, "gamma": options.accuracy, "delta": options.delta}
-    if options.method == "kl_batch":
-        return kl_batch_look(counts, hit, failed=fail, **terms)
-    if options.mean_error is not None:
-        terms["losses"] = clipped_losses(error, options.tolerance)
-        terms["max_loss"] = options.mean_error / options.tolerance
-    return audit_look(counts, hit, failed=fail, method=options.method, **terms)
-
-
-def is_decided(look: Look, options: CertificateConfig) -> bool:
-    """Tell whether an audit that has come so far is ended.
-
-    It is where the look is certified, and where it will hardly be: if the rest of the pool is as
-    the audit so far, then the target is missed.
-    """
-    if look.certified:
-        return True
-    size, rest = max(look.n_audit, 1), look.n_inference - look.n_audit
-    lost = look.n_failed + look.n_audit_failed
-    if lost + rest * look.n_audit_misses / size > (1 - options.accuracy) * look.n_pool:
-        return True
-    if look.losses is None or options.mean_error is None:
-        return False
-    most = options.mean_error / options.tolerance * look.n_pool
-    return lost + rest * sum(look.losses) / size > most
-
-
-def reason_to_end(look: Look, stop: StopConfig) -> str | None:
-    """Say why a run ends with a look; None if it goes on."""
-    # As of this look: a run that goes on after a kill may have labelled more already.
-    labelled = look.n_labelled + look.n_failed + look.n_audit
-    if look.certified:
-        return "certified"
-    if look.look >= stop.max_rounds:
-        return "max_rounds"
-    if stop.max_labels is not None and labelled >= stop.max_labels:
-        return "max_labels"
-    if look.n_inference == look.n_audit:
-        return "pool exhausted"
-    return None
-
-
-# ------------------------------------------------------------------------ any predictor
 class InferenceSetDesign:
     """Choose what to label in a pool of n objects, and say when the predictions are good enough.
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import orbcalc
 from orbcalc.active.certificate import Certificate, Look
-from orbcalc.active.design import reason_to_end
+from orbcalc.active.decisions import reason_to_end
 from orbcalc.active.executor import Executor, open_executor
 from orbcalc.active.folder import RunFolder
 from orbcalc.active.inputs import Inputs, read_inputs

@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from orbcalc.active.certificate import Look, PoolCounts
-from orbcalc.active.design import (
+from orbcalc.active.decisions import (
     Stream,
     choose_audit,
     choose_batch,

@@ -57,7 +57,7 @@ def _first_look(config: RunConfig, n_pool: int) -> str:
     import numpy as np
 
     from orbcalc.active.certificate import PoolCounts
-    from orbcalc.active.design import take_look
+    from orbcalc.active.decisions import take_look
 
     sizes, options = config.selection, config.certificate
     n_known = min(sizes.initial, n_pool)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from ase import Atoms
@@ -15,7 +15,7 @@ from orbcalc.labels.process import WorkerProcess
 from orbcalc.properties import XTB_ENERGY, XTB_FORCES, XTB_METHOD
 from orbcalc.structures import geometry
 
-__all__ = ["BaselineWorker", "Outcome", "labelled_baseline"]
+__all__ = ["BaselineWorker", "Outcome", "labelled_baseline", "raised"]
 
 #: Seconds after which a structure is given up.
 _TIMEOUT_S = 600.0
@@ -110,6 +110,14 @@ def labelled_baseline(
                 f"{atoms.get_chemical_formula()} carries no GFN1-xTB label ({XTB_ENERGY}, "
                 f"{XTB_FORCES}), which the model is the difference from"
             )
+
+
+def raised(outcomes: Iterable[Outcome]) -> Iterator[Values]:
+    """Raise the first failure."""
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+        yield outcome
 
 
 def _is_labelled(atoms: Atoms, method: str | None) -> bool:

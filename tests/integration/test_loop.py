@@ -20,7 +20,7 @@ from killed_run import INITIAL, Story
 from small_runs import run_config, waters, write_pool
 
 from orbcalc.active.certificate import Certificate
-from orbcalc.active.design import stream
+from orbcalc.active.decisions import stream
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.loop import run

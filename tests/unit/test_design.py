@@ -9,12 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orbcalc.active.design import (
-    InferenceSetDesign,
-    choose_batch,
-    largest_errors,
-    reason_to_end,
-)
+from orbcalc.active.decisions import choose_batch, reason_to_end
+from orbcalc.active.design import InferenceSetDesign, largest_errors
 from orbcalc.active.looks import PoolCounts, audit_look
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
 from orbcalc.errors import ConfigError
