@@ -107,7 +107,7 @@ def choose_batch(
 
 
 def next_part(done: int, size: int, selection: SelectionConfig, options: CertificateConfig) -> int:
-    """Return how many of a sample are labelled next, when some of them are."""
+    """Return how many of a sample are labelled next, after those that are."""
     step = selection.audit_step if options.method == "sequential" else size
     return min(step, size - done)
 
