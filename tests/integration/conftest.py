@@ -12,7 +12,7 @@ import pytest
 from ase import Atoms
 from distributed import Client
 from killed_run import Story, live_through
-from small_runs import waters, write_pool
+from small_runs import wait_until, waters, write_pool
 
 from orbcalc.active.executor import Executor, _local_cluster
 from orbcalc.config import DaskConfig, LabelConfig
@@ -41,9 +41,23 @@ def client() -> Iterator[Client]:
 
 @pytest.fixture
 def executor(client: Client) -> Executor:
-    """Executor on the shared cluster, all of its workers there."""
-    client.wait_for_workers(4, timeout=60)
+    """Executor on the shared cluster, all of its workers there.
+
+    An earlier test may have killed some. A worker that comes back just when the cluster has given
+    it up is known to the scheduler for a moment, and then replaced: the cluster must know it too.
+    """
+    wait_until(lambda: _addresses_of_cluster(client) == _addresses_of_scheduler(client), None)
     return Executor(client)
+
+
+def _addresses_of_cluster(client: Client) -> list[str] | None:
+    """Return those of all four workers; None if one is missing."""
+    found = [str(nanny.worker_address) for nanny in client.cluster.workers.values()]
+    return sorted(found) if len(found) == 4 else None
+
+
+def _addresses_of_scheduler(client: Client) -> list[str]:
+    return sorted(client.scheduler_info(n_workers=-1)["workers"])
 
 
 @pytest.fixture(scope="session")
