@@ -98,7 +98,6 @@ class InferenceSetDesign:
         self.stop = stop or StopConfig()
         self.looks: list[Look] = []
         self._state = np.zeros(n_pool, dtype=np.int8)  # 0 open, 1 labelled, -1 failed
-        self._round = 0
         self._asked: Indices | None = None  # what must be told next
         self._sample: _Sample | None = None  # the look that is being taken
         self._hardness: _Hardness | None = None  # of what is asked for after the audit
@@ -191,7 +190,8 @@ class InferenceSetDesign:
             part = next_part(done, size, self.selection, self.rules)
             self._asked = self._sample.indices[done : done + part]
         elif self._hardness is not None:
-            self._asked, self._hardness = self._choose_batch(self._hardness), None
+            self._asked = self._choose_batch(self._hardness, len(self.looks))
+            self._hardness = None
         else:
             size = min(self.selection.initial, self.stop.max_labels or self.n_pool)
             self._asked = draw_audit(self.n_pool, size, stream(self.seed, 0, "batch"))
@@ -250,14 +250,14 @@ class InferenceSetDesign:
         for name, array in (("predictions", values), ("scores", np.asarray(hardness.scores))):
             if array.shape[:1] != (self.n_pool,):
                 raise ConfigError(f"{name} have shape {array.shape} for a pool of {self.n_pool}")
-        self._round += 1
+        number = len(self.looks) + 1
+        # Also where the audit comes first: what is wrong is told before any label is paid for.
+        indices = self._choose_batch(hardness, number)
         if self.rules.by_audit:
             open_ = np.flatnonzero(self._state == 0)
-            indices = open_[choose_audit(len(open_), self.selection, **self._terms())]
+            indices = open_[choose_audit(len(open_), self.selection, **self._terms(number))]
             # Copies: what was said before the labels counts.
             self._hardness = _Hardness(*(None if v is None else np.array(v) for v in hardness))
-        else:
-            indices = self._choose_batch(hardness)
         counts = PoolCounts(
             self.n_pool, int((self._state == 1).sum()), int((self._state == -1).sum())
         )
@@ -265,18 +265,17 @@ class InferenceSetDesign:
         self._sample = _Sample(indices, values[indices], counts, *nothing)
         self._model_hash = hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
-    def _choose_batch(self, hardness: _Hardness) -> Indices:
+    def _choose_batch(self, hardness: _Hardness, number: int) -> Indices:
         open_ = np.flatnonzero(self._state == 0)
         scores, features, costs = (None if v is None else np.asarray(v)[open_] for v in hardness)
         assert scores is not None
-        batch: Indices = open_[
-            choose_batch(scores, self.selection, features=features, costs=costs, **self._terms())
-        ]
+        terms = {"features": features, "costs": costs, **self._terms(number)}
+        batch: Indices = open_[choose_batch(scores, self.selection, **terms)]
         return batch
 
-    def _terms(self) -> dict[str, Any]:
+    def _terms(self, number: int) -> dict[str, Any]:
         """Return what every choice of a round depends on."""
-        return {"budget": self._budget, "seed": self.seed, "number": self._round}
+        return {"budget": self._budget, "seed": self.seed, "number": number}
 
     def _look(
         self, sample: _Sample, labels: npt.NDArray[np.float64], failed: Bool[np.ndarray, " k"]
@@ -293,9 +292,8 @@ class InferenceSetDesign:
             errors=np.concatenate([sample.errors, errors]),
             failed=np.concatenate([sample.failed, failed]),
         )
-        look = take_look(
-            sample.counts, sample.errors, sample.failed, self.rules, number=self._round
-        )
+        number = len(self.looks) + 1
+        look = take_look(sample.counts, sample.errors, sample.failed, self.rules, number=number)
         if look.n_audit < len(sample.indices) and not is_decided(look, self.rules):
             self._sample = sample
             return None

@@ -81,11 +81,9 @@ class BaselineWorker:
             As :meth:`compute`.
         """
         missing = [atoms for atoms in structures if not _is_labelled(atoms, self.method)]
-        for atoms, outcome in zip(missing, self.compute(missing), strict=True):
-            if isinstance(outcome, Exception):
-                raise outcome
-            atoms.info[XTB_ENERGY] = outcome["energy"]
-            atoms.arrays[XTB_FORCES] = np.asarray(outcome["forces"])
+        for atoms, values in zip(missing, raised(self.compute(missing)), strict=True):
+            atoms.info[XTB_ENERGY] = values["energy"]
+            atoms.arrays[XTB_FORCES] = np.asarray(values["forces"])
 
     def close(self) -> None:
         """End the process; another computation would start a new one."""

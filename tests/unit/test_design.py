@@ -228,6 +228,20 @@ def test_misuse_is_named() -> None:
         design.ask()
 
 
+@pytest.mark.parametrize("rules", [RULES, RULES.model_copy(update={"method": "kl_batch"})])
+def test_what_a_batch_lacks_is_told_before_any_label_is_paid_for(rules: CertificateConfig) -> None:
+    sizes = SIZES.model_copy(update={"method": "diversity"})
+    design = make(50, selection=sizes, certificate=rules, stop=StopConfig(max_rounds=1))
+    design.tell(design.ask(), np.zeros(10))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="'diversity' needs features"):
+            design.ask(np.zeros(50), np.zeros(50))
+    assert design.awaits_model
+    indices = design.ask(np.zeros(50), np.zeros(50), features=np.zeros((50, 2)))
+    design.tell(indices, np.zeros(len(indices)))
+    assert [look.look for look in design.certificate.looks] == [1]
+
+
 # ---------------------------------------------------------------------------------- edges
 def test_an_empty_pool_is_refused() -> None:
     with pytest.raises(ConfigError, match="the pool is empty"):
