@@ -7,7 +7,7 @@ hard they think it is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,23 +140,29 @@ class PotentialOnPool:
         killed goes on.
     recipe
         One of `RECIPES`.
-    steps
-        Of each training.
+    optimizer
+        Steps and batches of each training.
     seed
         Of the first weights and the batches.
     """
 
     def __init__(
-        self, pool: Sequence[Atoms], folder: Path, *, recipe: str, steps: int, seed: int
+        self,
+        pool: Sequence[Atoms],
+        folder: Path,
+        *,
+        recipe: str,
+        optimizer: Mapping[str, int],
+        seed: int,
     ) -> None:
         self.pool, self.folder, self.recipe = pool, folder, recipe
-        self.steps, self.seed = steps, seed
+        self.optimizer, self.seed = optimizer, seed
         self._last: Path | None = None
 
     def __call__(self, labelled: Array, energies: Array) -> Guess:
         """Return predictions and uncertainties, eV; NaN where there is none."""
         history = "" if self._last is None else self._last.stem
-        terms = f"{history} {self.recipe} {self.steps} {self.seed} {labelled.tolist()}"
+        terms = f"{history} {self.recipe} {self.optimizer} {self.seed} {labelled.tolist()}"
         name = hashlib.sha256(terms.encode()).hexdigest()[:16]
         before, self._last = self._last, self.folder / f"{name}.orbcalc"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +192,7 @@ class PotentialOnPool:
         files = [self._last.with_name(f"{self._last.stem}_{name}.extxyz") for name in ("t", "v")]
         for path, structures in zip(files, (train, valid), strict=True):
             write_structures(path, structures)
+        steps = self.optimizer["steps"]
         config = {
             "train": str(files[0]),
             "valid": [str(files[1])],
@@ -193,7 +200,7 @@ class PotentialOnPool:
             "seed": self.seed,
             "potential": {"preset": "small", **RECIPES[self.recipe]},
             "tasks": {"forces": 0.0},
-            "optimizer": {"steps": self.steps, "evaluate_every": max(self.steps // 5, 1)},
+            "optimizer": {**self.optimizer, "evaluate_every": max(steps // 5, 1)},
             "start_from": None if before is None else str(before),
         }
         orbcalc.train(parse_config(config, TrainConfig, source="screen"))

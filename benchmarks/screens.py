@@ -8,7 +8,7 @@ repeated.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from data_efficiency.sets import Limits, load_set
 from rich.console import Console
 from screen_models import RECIPES, GaussianProcess, Guess, PotentialOnPool, random_features
 from screen_report import ACCURACY, DELTA, figure, table
+from uncertainty_sets import ENERGIES, label
 
 from orbcalc.active.design import InferenceSetDesign
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
 from orbcalc.files import read_json, write_json, write_text
-from orbcalc.labels.store import LabelStore
 from orbcalc.properties import REF_ENERGY, XTB_ENERGY
 from orbcalc.structures import structure_key
 
@@ -53,25 +53,27 @@ class Screen:
     models: dict[str, MakeModel]
     n_pool: int
     selection: SelectionConfig
+    kcal_mol: float | None = None
+    """The tolerance; by the rule, on a pilot pool, where there is none."""
     with_oracle: bool = True
     max_rounds: int = 30
 
+    @property
+    def n_pilot(self) -> int:
+        """Structures that no screen uses."""
+        return self.n_pool if self.kcal_mol is None else 0
+
 
 # --------------------------------------------------------------------------------- sets
-def labelled_qm9(data: Path, store: Path, max_atoms: int | None) -> list[Atoms]:
-    """Return the molecules of QM9 that a store has GFN1-xTB labels of, with both labels."""
-    labels = LabelStore(store, create=False)
-    found = load_set(data, "qm9", Limits(pool=12_000, test=2_000))
-    energies = {
-        structure_key(atoms): atoms.info[REF_ENERGY]
+def labelled_qm9(data: Path, store: Path, n_pool: int, max_atoms: int | None = None) -> list[Atoms]:
+    """Return molecules of QM9 with both labels; GFN1-xTB labels that the store lacks are made."""
+    found = load_set(data, "qm9", Limits(pool=n_pool, test=2_000))
+    known = {
+        structure_key(atoms): atoms
         for atoms in (*found.pool, *found.valid, *found.test)
         if max_atoms is None or len(atoms) <= max_atoms
     }
-    keys = sorted({*energies} & {*labels.keys("charges", "ok")})
-    structures = labels.labelled_atoms(keys)
-    for key, atoms in zip(keys, structures, strict=True):
-        atoms.info[REF_ENERGY] = energies[key]
-    return structures
+    return label([known[key] for key in sorted(known)], ENERGIES, store)
 
 
 def gaussian_processes(
@@ -90,7 +92,11 @@ def gaussian_processes(
 
 
 def potentials(
-    structures: Sequence[Atoms], n_pool: int, selection: SelectionConfig, steps: int
+    structures: Sequence[Atoms],
+    n_pool: int,
+    selection: SelectionConfig,
+    optimizer: Mapping[str, int],
+    kcal_mol: float | None = None,
 ) -> Screen:
     """Screen with potentials, one for each recipe."""
     bare = [atoms.copy() for atoms in structures]
@@ -99,10 +105,11 @@ def potentials(
 
     def make(recipe: str, pool: np.ndarray, folder: Path, seed: int) -> Model:
         own = [bare[i] for i in pool]
-        return PotentialOnPool(own, folder, recipe=recipe, steps=steps, seed=seed)
+        return PotentialOnPool(own, folder, recipe=recipe, optimizer=optimizer, seed=seed)
 
     models = {recipe: partial(make, recipe) for recipe in RECIPES}
-    return Screen(_energies(structures), models, n_pool, selection, with_oracle=False)
+    energies = _energies(structures)
+    return Screen(energies, models, n_pool, selection, kcal_mol, with_oracle=False)
 
 
 def _energies(structures: Sequence[Atoms]) -> np.ndarray:
@@ -116,10 +123,16 @@ def load_screen(name: str, options: argparse.Namespace) -> Screen:
         found = load_set(options.data, name, Limits(pool=10_000, test=10_000))
         return gaussian_processes([*found.pool, *found.valid, *found.test], 2000, sizes)
     if name == "qm9":
-        return gaussian_processes(labelled_qm9(options.data, options.labels, None), 2000, sizes)
+        found = labelled_qm9(options.data, options.labels, 12_000)
+        return gaussian_processes(found, 2000, sizes)
+    if name == "qm9-large":
+        sizes = SelectionConfig(initial=2000, batch=2000, audit=600, diversity=1)
+        optimizer = {"steps": options.steps or 8000, "batch_size": 32}
+        found = labelled_qm9(options.data, options.labels, 20_000)
+        return potentials(found, options.pool or 20_000, sizes, optimizer, kcal_mol=1)
     sizes = SelectionConfig(initial=60, batch=40, diversity=1)
-    small = labelled_qm9(options.data, options.labels, 14)
-    return potentials(small, options.pool, sizes, options.steps)
+    small = labelled_qm9(options.data, options.labels, 12_000, max_atoms=14)
+    return potentials(small, options.pool or 600, sizes, {"steps": options.steps or 500})
 
 
 # ------------------------------------------------------------------------------- screens
@@ -204,12 +217,14 @@ def perform(name: str, options: argparse.Namespace) -> None:
     screen = load_screen(name, options)
     order = np.random.default_rng(0).permutation(len(screen.energies))
     if not (folder / "pilot.json").exists():
-        found = {"pool": screen.n_pool, **pilot(screen, order, folder / "models" / "pilot")}
+        found = {"pool": screen.n_pool, "kcal_mol": screen.kcal_mol}
+        if screen.n_pilot:
+            found |= pilot(screen, order, folder / "models" / "pilot")
         write_json(folder / "pilot.json", found)
         console.print(f"{name}: {found}")
     rule = read_json(folder / "pilot.json")["kcal_mol"]
     for seed in range(options.first, options.first + options.screens):
-        others = np.sort(order[screen.n_pool :])
+        others = np.sort(order[screen.n_pilot :])
         pool = np.random.default_rng([seed, 1]).choice(others, screen.n_pool, replace=False)
         for tolerance in options.tolerances or [rule]:
             for arm in options.models or screen.models:
@@ -232,16 +247,16 @@ def main() -> None:
     """Read the command line, do what is not done, and report on all that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the sets")
-    parser.add_argument("--labels", type=Path, help="store with GFN1-xTB labels of QM9")
+    parser.add_argument("--labels", type=Path, help="store for GFN1-xTB labels of QM9")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--set", choices=["qm9", "qm9-potential", "hydroform22"])
+    parser.add_argument("--set", choices=["qm9", "qm9-large", "qm9-potential", "hydroform22"])
     parser.add_argument("--screens", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first screen")
     parser.add_argument("--tolerances", type=float, nargs="*", help="kcal/mol; default: the rule")
-    parser.add_argument("--models", nargs="*", help="of qm9-potential; default: all")
+    parser.add_argument("--models", nargs="*", help="recipes of the potential; default: all")
     parser.add_argument("--methods", nargs="+", default=["uncertainty", "random", "oracle"])
-    parser.add_argument("--pool", type=int, default=600, help="molecules, of qm9-potential")
-    parser.add_argument("--steps", type=int, default=500, help="of each training of a potential")
+    parser.add_argument("--pool", type=int, help="molecules, where a potential screens them")
+    parser.add_argument("--steps", type=int, help="of each training of a potential")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

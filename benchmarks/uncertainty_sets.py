@@ -23,7 +23,7 @@ from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.structures import structure_key
 
-__all__ = ["PROBLEMS", "Problem", "label"]
+__all__ = ["ENERGIES", "PROBLEMS", "Problem", "label"]
 
 console = Console(soft_wrap=True, highlight=False)
 

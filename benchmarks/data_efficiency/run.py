@@ -20,7 +20,7 @@ from arms import ARMS, WEIGHT
 from labelling import Labelling, add_labels
 from report import write_report
 from rich.console import Console
-from sets import SETS, WITH_DFT_CHARGES, DataSet, Limits, load_set
+from sets import DRAWS, SETS, WITH_DFT_CHARGES, DataSet, Limits, load_set
 from training import Run, Settings, perform
 
 from orbcalc.errors import OrbcalcError
@@ -83,6 +83,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=2_000, help="structures at most")
     parser.add_argument("--max-atoms", type=int, help="leave larger structures out")
     parser.add_argument("--catalysts", type=int, help="of hydroform22, at random; default: all")
+    parser.add_argument(
+        "--draw",
+        choices=DRAWS,
+        default="group",
+        help="which structures are labelled: all of a few catalysts, or a few of all",
+    )
     parser.add_argument("--labels", type=Path, help="label store; default: labels.db in --out")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
@@ -112,6 +118,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         batch_size=options.batch_size,
         cheap_batch_size=options.cheap_batch_size,
         learning_rate=options.learning_rate,
+        draw=options.draw,
         device=options.device,
     )
     given = {"set": options.set, **asdict(settings), **asdict(_limits(options))}

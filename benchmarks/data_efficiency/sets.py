@@ -21,6 +21,7 @@ from orbcalc.properties import REF_ENERGY
 
 __all__ = [
     "DFT_CHARGES",
+    "DRAWS",
     "SETS",
     "WITH_DFT_CHARGES",
     "DataSet",
@@ -33,6 +34,9 @@ __all__ = [
 DFT_CHARGES = "DFT_charges"
 
 SETS = ("qm9", "hydroform22", "vaska")
+
+#: Ways to choose the labelled structures of the pool.
+DRAWS = ("group", "structure")
 
 #: Those with `DFT_CHARGES`.
 WITH_DFT_CHARGES = ("qm9", "vaska")
@@ -66,11 +70,21 @@ class DataSet:
     split: str
     """How it was divided, in words."""
 
-    def labelled(self, size: int, seed: int) -> list[int]:
+    def labelled(self, size: int, seed: int, draw: str = "group") -> list[int]:
         """Return which structures of the pool a run gets expensive labels of.
 
         Those of a smaller size are among those of a larger one with the same seed. The first
         ones bring every element of the pool, so that all test structures can be predicted.
+
+        Parameters
+        ----------
+        size
+            How many.
+        seed
+            Of the draw.
+        draw
+            One of `DRAWS`: all structures of a group before those of the next, or structures at
+            random from all groups.
 
         Raises
         ------
@@ -79,7 +93,11 @@ class DataSet:
         """
         if size > len(self.pool):
             raise ValueError(f"the pool of {self.name} has {len(self.pool)} structures, not {size}")
-        order = _grouped_order(self.pool, np.random.default_rng([_SPLIT_SEED, seed]))
+        rng = np.random.default_rng([_SPLIT_SEED, seed])
+        if draw == "structure":
+            order = rng.permutation(len(self.pool)).tolist()
+        else:
+            order = _grouped_order(self.pool, rng)
         first, seen = [], set[int]()
         for index in order:
             if not _elements(self.pool[index]) <= seen:

@@ -49,6 +49,8 @@ class Settings:
     batch_size: int
     cheap_batch_size: int
     learning_rate: float
+    draw: str
+    """How the labelled structures are chosen."""
     device: str
 
 
@@ -95,7 +97,7 @@ def _train_and_test(
 ) -> dict[str, Any]:
     arm = ARMS[run.arm]
     config = _config(run, arm, settings)
-    structures, used = _training_structures(run, arm, data)
+    structures, used = _training_structures(run, arm, data, settings.draw)
     train = _dataset(structures, config.potential)
     valid = _dataset([_prepared(a, arm) for a in data.validation(run.size)], config.potential)
     seed = int(np.random.SeedSequence([run.seed, run.size]).generate_state(1)[0])
@@ -167,9 +169,11 @@ def _config(run: Run, arm: Arm, settings: Settings) -> TrainConfig:
     return parse_config(tree, TrainConfig, source=f"arm {run.arm}")
 
 
-def _training_structures(run: Run, arm: Arm, data: DataSet) -> tuple[list[Atoms], list[str]]:
+def _training_structures(
+    run: Run, arm: Arm, data: DataSet, draw: str
+) -> tuple[list[Atoms], list[str]]:
     """Return what is trained on, and whose GFN1 labels are used."""
-    chosen = data.labelled(run.size, run.seed)
+    chosen = data.labelled(run.size, run.seed, draw)
     others = sorted({*range(len(data.pool))} - {*chosen}) if arm.pool else []
     structures = [_prepared(data.pool[i], arm) for i in chosen]
     structures += [_prepared(data.pool[i], arm, cheap_only=True) for i in others]
