@@ -11,6 +11,7 @@ from scipy.stats import rankdata
 
 __all__ = [
     "bootstrap_weights",
+    "ideal_spearman",
     "nearest_distances",
     "share_within",
     "sparsification",
@@ -42,6 +43,34 @@ def spearman(scores: Array, errors: Array, weights: Array | None = None) -> Arra
     covariance = weights @ (x * y) / total - mean_x * mean_y
     variances = (weights @ x**2 / total - mean_x**2) * (weights @ y**2 / total - mean_y**2)
     return covariance / np.sqrt(variances)
+
+
+def ideal_spearman(scores: Array, width: int, repeats: int = 100, seed: int = 0) -> Array:
+    """Return the rank correlation that a perfectly calibrated Gaussian score would have.
+
+    An error is random even where its size is known, so that no score of this spread ranks much
+    better than this.
+
+    Parameters
+    ----------
+    scores
+        (n,), taken for the standard deviations of the errors.
+    width
+        Components of each error, whose length is ranked.
+    repeats, seed
+        Of the draws of errors.
+
+    Returns
+    -------
+    (1 + repeats,)
+        The mean, and each draw.
+    """
+    rng = np.random.default_rng(seed)
+    found = [
+        spearman(scores, scores * np.linalg.norm(rng.normal(size=(len(scores), width)), axis=1))
+        for _ in range(repeats)
+    ]
+    return np.array([np.mean(found), *found])
 
 
 def sparsification(scores: Array, errors: Array, weights: Array | None = None) -> Array:

@@ -46,6 +46,10 @@ def table(result: Row) -> str:
         lines += [f"## {name}", "", f"{problem['says']}; seeds: {problem['seeds']}.", ""]
         for statistic, title in (
             ("spearman", "Spearman correlation of score and |error| (95 % interval)"),
+            (
+                "ideal",
+                "The same, were errors Gaussian with the score as their width (95 % of draws)",
+            ),
             ("ause", "Area between the sparsification curves of the score and of the oracle"),
             ("area", "Area under the sparsification curve"),
         ):

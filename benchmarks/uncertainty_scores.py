@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ranking import (
     bootstrap_weights,
+    ideal_spearman,
     share_within,
     sparsification,
     sparsification_area,
@@ -198,11 +199,12 @@ def joined(parts: dict[str, Answers]) -> Answers:
 def _ranks(cases: Sequence[Case], weights: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for score in cases[0].scores:
-        found = {"spearman": [], "area": [], "oracle": []}
+        found = {"spearman": [], "ideal": [], "area": [], "oracle": []}
         for case in cases:
             own = np.vstack([np.ones(len(case.owner)), weights[:, case.owner]])
             values, sizes = case.scores[score], case.sizes
             found["spearman"].append(spearman(values, sizes, own))
+            found["ideal"].append(ideal_spearman(values, case.errors.shape[1]))
             found["area"].append(sparsification_area(values, sizes, own))
             found["oracle"].append(sparsification_area(sizes, sizes, own))
         means = {name: np.mean(values, 0) for name, values in found.items()}
