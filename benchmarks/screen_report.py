@@ -99,7 +99,9 @@ def _rule(pilot: Row) -> str:
         return ""
     return (
         f" by the rule; on the pilot: MAE {pilot['mae_kcal_mol']:.2f} kcal/mol, "
-        f"{100 * pilot['within_1_kcal_mol']:.0f} % within 1 kcal/mol"
+        f"{100 * pilot['within_1_kcal_mol']:.0f} % within 1 kcal/mol; rank correlation of score "
+        f"and |error| {pilot['spearman']:.2f}, of a perfect score of the same spread "
+        f"{pilot['ideal_spearman']:.2f}"
     )
 
 

@@ -20,6 +20,7 @@ from ase import Atoms
 from ase.units import kcal, mol
 from common import machine
 from data_efficiency.sets import Limits, load_set
+from ranking import ideal_spearman, spearman
 from rich.console import Console
 from screen_models import RECIPES, GaussianProcess, Guess, PotentialOnPool, random_features
 from screen_report import ACCURACY, DELTA, figure, table
@@ -197,16 +198,19 @@ def oracle(
 
 
 def pilot(screen: Screen, order: np.ndarray, folder: Path) -> dict[str, Any]:
-    """Choose the tolerance, by the rule, with the first of the models."""
+    """Choose the tolerance, by the rule, with the first of the models; how its scores rank."""
     pool, known = order[: screen.n_pool], np.arange(round(PILOT_LABELLED * screen.n_pool))
     truth = screen.energies[pool]
     make = next(iter(screen.models.values()))
-    guess, _ = make(pool, folder, 0)(known, truth[known])
+    guess, scores = make(pool, folder, 0)(known, truth[known])
     errors = np.delete(np.abs(guess - truth), known) / KCAL_MOL
+    scores = np.delete(scores, known)
     return {
         "kcal_mol": int(np.ceil(np.quantile(errors, PILOT_HITS))),
         "mae_kcal_mol": float(errors.mean()),
         "within_1_kcal_mol": float((errors <= 1).mean()),
+        "spearman": float(spearman(scores, errors)),
+        "ideal_spearman": float(ideal_spearman(scores, width=1)[0]),
     }
 
 
