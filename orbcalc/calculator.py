@@ -24,13 +24,13 @@ from orbcalc.errors import StructureError
 from orbcalc.graph import AtomGraph
 from orbcalc.labels.baseline import BaselineWorker, Outcome, labelled_baseline, raised
 from orbcalc.labels.label import Values
-from orbcalc.model.checkpoint import load_model
+from orbcalc.model.checkpoint import electrons_seen, load_model
 from orbcalc.model.committee import Committee, CommitteePrediction
 from orbcalc.model.compiled import compiled
 from orbcalc.neighbors import SkinList
 from orbcalc.orbitals import SLOTS, shell_slots
 from orbcalc.properties import CHARGE_KEY, SPIN_KEY
-from orbcalc.structures import charge_and_multiplicity, check_structure
+from orbcalc.structures import check_structure, warn_of_unseen_electrons
 from orbcalc.training.trainer import resolve_device
 
 __all__ = ["OrbcalcCalculator", "predict"]
@@ -134,6 +134,7 @@ class OrbcalcCalculator(Calculator):
         self._skin_list = SkinList(self.model.cutoff, skin)
         self._baseline = baseline_worker(self.model, self.metadata)
         self._below: Values = {}
+        self._electrons = electrons_seen(self.metadata)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what has changed since the last calculation, charge and spin included."""
@@ -197,7 +198,7 @@ class OrbcalcCalculator(Calculator):
 
     def _updated_graph(self, atoms: Atoms) -> AtomGraph:
         """Return the graph; while its neighbour list is valid only positions are new."""
-        charge_and_multiplicity(atoms)
+        warn_of_unseen_electrons(atoms, self._electrons)
         # Checked before each search, which a cell that is not finite would end the process in;
         # between two of them atoms move less than the skin: time enough to notice an overlap.
         neighbors = self._skin_list.update(atoms, check_structure)
@@ -266,12 +267,14 @@ def predict(
     atoms_list = [_as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
     wanted = {_NEEDED.get(name, name) for name in properties}
+    seen = electrons_seen(metadata)
     for batch in _batches(atoms_list, committee, on_error):
         joined = AtomGraph.batch([item.graph for item in batch])
         prediction = committee(joined.to(committee.first.element_index.device), sorted(wanted))
         found = _results(prediction, joined, committee, properties)
         for item, result in zip(batch, found, strict=True):
             results[item.index] = result
+            warn_of_unseen_electrons(atoms_list[item.index], seen)
     if committee.first.config.baseline == "none":
         return results
     known = [index for index, result in enumerate(results) if result]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.geometry import complete_cell
+from ase.utils import string2index
 from scipy.spatial import cKDTree
 
 from orbcalc.errors import StructureError
@@ -24,6 +26,7 @@ __all__ = [
     "multiplicity_is_possible",
     "read_structures",
     "structure_key",
+    "warn_of_unseen_electrons",
 ]
 
 #: Two nuclei closer than this (Å) are an error of the input; H2 is 0.74 Å.
@@ -37,6 +40,8 @@ KEY_RESOLUTION = 1e-8
 def read_structures(paths: str | Path | Iterable[str | Path]) -> list[Atoms]:
     """Read every structure of one or more files that ASE can read.
 
+    ``name.xyz@:100`` chooses structures of a file, as in ASE.
+
     Raises
     ------
     StructureError
@@ -45,10 +50,17 @@ def read_structures(paths: str | Path | Iterable[str | Path]) -> list[Atoms]:
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     structures: list[Atoms] = []
     for path in files:
+        name, _, choice = str(path).rpartition("@")
+        is_choice = bool(name) and not Path(path).is_file()
         try:
-            images = ase.io.read(path, index=":")
+            images = ase.io.read(
+                name if is_choice else path,
+                index=string2index(choice) if is_choice else ":",
+                do_not_split_by_at_sign=True,
+            )
         except Exception as error:  # ASE's readers raise anything, down to bare AssertionError
             raise StructureError(f"cannot read structures from {path}: {error!r}") from error
+        images = [images] if isinstance(images, Atoms) else images
         if not images:
             raise StructureError(f"{path} holds no structures")
         for number, atoms in enumerate(images):
@@ -104,6 +116,26 @@ def check_structure(atoms: Atoms, name: str | None = None) -> None:
         raise StructureError(
             f"atoms {i} and {j} of {name} are {distance:.3f} Å apart: "
             f"they overlap (limit {MIN_DISTANCE} Å). Correct the structure."
+        )
+
+
+def warn_of_unseen_electrons(atoms: Atoms, seen: set[tuple[int, int]]) -> None:
+    """Warn of a charge and multiplicity that a potential has not seen; once, as they join `seen`.
+
+    Parameters
+    ----------
+    atoms
+        To be predicted.
+    seen
+        Charge and multiplicity of the training structures; empty if that is not known.
+    """
+    state = charge_and_multiplicity(atoms)
+    if seen and state not in seen:
+        seen.add(state)
+        warnings.warn(
+            f"{atoms.get_chemical_formula()} has charge {state[0]} and multiplicity {state[1]}, "
+            f"which no training structure had: energies and uncertainties do not know what they do",
+            stacklevel=4,
         )
 
 

@@ -79,6 +79,8 @@ def make_potential(labelled: list[Atoms]) -> MakePotential:
                 fit_statistics(dataset, config),
                 torch.float64,
             )
+            # As after a training on several charges and spins.
+            torch.nn.init.normal_(potential.backbone.electrons.get_parameter("2.weight"), std=0.5)
         return in_dtype(potential, dtype)
 
     return make

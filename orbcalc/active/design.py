@@ -182,7 +182,7 @@ class InferenceSetDesign:
         if self.is_done:
             raise ConfigError("the design has ended: nothing is to be labelled any more")
         if self._asked is not None:
-            return self._asked
+            return self._asked.copy()
         if self.awaits_model:
             self._ask_model(predictions, _Hardness(scores, features, costs))
         if self._sample is not None:
@@ -195,7 +195,7 @@ class InferenceSetDesign:
         else:
             size = min(self.selection.initial, self.stop.max_labels or self.n_pool)
             self._asked = draw_audit(self.n_pool, size, stream(self.seed, 0, "batch"))
-        return self._asked
+        return self._asked.copy()  # the caller may sort it; what is told must be in this order
 
     def tell(
         self, indices: npt.ArrayLike, labels: npt.ArrayLike, *, failed: npt.ArrayLike | None = None

@@ -124,14 +124,17 @@ class Executor:
                 return True
             return False
 
+        def fill() -> None:
+            # Workers may come while others work: a queue gives them one by one.
+            while len(running) < 2 * self.n_workers(kind) and submit():
+                pass
+
         try:
-            for _ in range(2 * self.n_workers(kind)):
-                if not submit():
-                    break
+            fill()
             while running:
-                future = self._next(completed, resources, on_wait)
+                future = self._next(completed, resources, fill, on_wait)
                 item = running.pop(future)
-                submit()
+                fill()
                 yield item, _outcome(future)
                 future.release()
         finally:
@@ -145,8 +148,11 @@ class Executor:
         return max(offered or sum(worker["nthreads"] for worker in workers), 1)
 
     def _resources(self, kind: TaskKind) -> dict[str, float]:
-        self.client.wait_for_workers(1)
         name = _RESOURCES[kind]
+        try:
+            self.client.wait_for_workers(1, timeout=self.worker_timeout_s)
+        except TimeoutError as error:
+            raise self._lost(name) from error
         if any(name in worker["resources"] for worker in self._workers()):
             return {name: 1.0}
         if any(worker["resources"] for worker in self._workers()):
@@ -158,6 +164,7 @@ class Executor:
         self,
         completed: as_completed,
         resources: dict[str, float],
+        fill: Callable[[], None],
         on_wait: Callable[[], None] | None,
     ) -> Future[Any]:
         """Wait for a task to finish, as long as there are workers that could do it."""
@@ -168,18 +175,21 @@ class Executor:
             if now - last_look < 0.25:
                 continue
             last_look = now
+            fill()
             if on_wait is not None:
                 on_wait()
             if any(resources.keys() <= worker["resources"].keys() for worker in self._workers()):
                 last_seen = now
             elif now - last_seen > self.worker_timeout_s:
-                needed = ", ".join(resources) or "any resource"
-                raise WorkersLostError(
-                    f"no Dask worker that offers {needed} for {self.worker_timeout_s:.0f} s. Start "
-                    f"workers (see workflows/README.md), then the same command again to go on."
-                )
+                raise self._lost(", ".join(resources) or "any resource")
         future: Future[Any] = next(completed)
         return future
+
+    def _lost(self, needed: str) -> WorkersLostError:
+        return WorkersLostError(
+            f"no Dask worker that offers {needed} for {self.worker_timeout_s:.0f} s. Start "
+            f"workers (see workflows/README.md), then the same command again to go on."
+        )
 
     def _workers(self) -> list[dict[str, Any]]:
         return list(self.client.scheduler_info(n_workers=-1)["workers"].values())

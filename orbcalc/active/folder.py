@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from orbcalc.files import append_json, changed_files, read_json, write_text
 from orbcalc.structures import read_structures, structure_key
 
 __all__ = ["RoundFiles", "RunFolder", "bare", "write_structures"]
+
+#: Texts that ASE's extxyz does not read as it wrote them.
+_SPOILED = re.compile(r"[\\\n\r]|^_JSON")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         text = dump_config(config)
+        if not self.round(0).pool.exists():  # nothing was done that another one could spoil
+            write_text(self.config_file, text)
+            return
         if self.config_file.exists():
             earlier = load_config(self.config_file, RunConfig)
             if _outcome_relevant(earlier) != _outcome_relevant(config):
@@ -136,11 +144,29 @@ def bare(atoms: Atoms) -> Atoms:
 
 
 def write_structures(path: Path, structures: Sequence[Atoms]) -> None:
-    """Write an extxyz file, whole or not at all."""
+    """Write an extxyz file, whole or not at all, that reads back as it was."""
     buffer = StringIO()
     if structures:
-        ase.io.write(buffer, list(structures), format="extxyz")
+        ase.io.write(buffer, [_quoted(atoms) for atoms in structures], format="extxyz")
     write_text(path, buffer.getvalue())
+
+
+def _quoted(atoms: Atoms) -> Atoms:
+    """Return a structure whose information ASE's extxyz does not spoil.
+
+    Empty strings swallow what follows them (the periodicity), line breaks end the header,
+    backslashes are dropped, and names that are no strings cannot be written.
+    """
+    info = {}
+    for name, value in atoms.info.items():
+        if isinstance(value, str) and (not value or _SPOILED.search(value)):
+            value = "_JSON " + json.dumps(value).replace("\\", "\\\\")
+        info[str(name)] = value
+    if info == atoms.info:
+        return atoms
+    copy: Atoms = atoms.copy()
+    copy.calc, copy.info = atoms.calc, info
+    return copy
 
 
 def _outcome_relevant(config: RunConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from orbcalc.active.folder import RunFolder
 from orbcalc.config import RunConfig
 from orbcalc.files import fingerprints, write_json
 from orbcalc.labels.reference import check_file_labels
-from orbcalc.structures import read_structures
+from orbcalc.labels.store import read_sources
 
 __all__ = ["Inputs", "read_inputs"]
 
@@ -36,8 +36,8 @@ def read_inputs(config: RunConfig, folder: RunFolder) -> Inputs:
     """
     source = config.pool
     seen = fingerprints(source.files)  # before they are read: whatever changes later has changed
-    pool = read_structures(source.structures) if source.structures else []
-    starts = pool if source.md is None or not source.start else read_structures(source.start)
+    pool = read_sources(source.structures)
+    starts = pool if source.md is None or not source.start else read_sources(source.start)
     check_file_labels(pool, config.labels)
     write_json(folder.inputs, seen)
     return Inputs(pool, starts)

@@ -11,15 +11,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from ase import Atoms
 
 from orbcalc.active.executor import Executor, open_executor
 from orbcalc.config import DaskConfig, LabelConfig
-from orbcalc.errors import LabelError
+from orbcalc.errors import LabelConflictError, LabelError
 from orbcalc.labels.compute import label_kinds, label_provenance
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.process import WorkerProcess, label_structures
-from orbcalc.labels.reference import check_file_labels
+from orbcalc.labels.reference import check_file_labels, file_value, wanted_quantities
 from orbcalc.labels.store import LabelStore
 from orbcalc.structures import check_structure, structure_key
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["LabelTask", "label", "label_chunk", "label_into_store", "worker_process"]
 
 logger = logging.getLogger(__name__)
+
+#: eV, eV/Å; labels from files that differ by less are the same: files are rounded.
+LABEL_RESOLUTION = 1e-5
 
 #: Structures of a task at most, so that little is lost when a worker dies.
 MAX_CHUNK = 64
@@ -134,7 +138,8 @@ def label_into_store(
     kinds = kinds or label_kinds(config)
     if "reference" in kinds and config.reference.calculator == "file":
         check_file_labels(structures, config)
-    groups = _missing(structures, kinds, store)
+        _refuse_changed_labels(structures, config, store)
+    groups = _missing(structures, kinds, config, store)
     n_missing, done = sum(len(group) for group in groups.values()), 0
     statuses: Counter[str] = Counter()
     for needed, group in groups.items():
@@ -154,15 +159,41 @@ def label_into_store(
 
 
 def _missing(
-    structures: Sequence[Atoms], kinds: tuple[Kind, ...], store: LabelStore
+    structures: Sequence[Atoms], kinds: tuple[Kind, ...], config: LabelConfig, store: LabelStore
 ) -> dict[tuple[Kind, ...], list[Atoms]]:
-    """Group structures by the labels that they lack."""
+    """Group structures by the labels that they lack, or that lack what is asked for now."""
     unique = {structure_key(atoms): atoms for atoms in structures}
     groups: dict[tuple[Kind, ...], list[Atoms]] = {}
     for key, atoms in unique.items():
-        if needed := tuple(kind for kind in kinds if store.status(key, kind) is None):
+        if needed := tuple(kind for kind in kinds if _is_missing(key, atoms, kind, config, store)):
             groups.setdefault(needed, []).append(atoms)
     return groups
+
+
+def _is_missing(key: str, atoms: Atoms, kind: Kind, config: LabelConfig, store: LabelStore) -> bool:
+    status = store.status(key, kind)
+    if kind == "charges" or status != LabelStatus.ok:
+        return status is None
+    return not store.has(key, kind, wanted_quantities(atoms, config))
+
+
+def _refuse_changed_labels(
+    structures: Sequence[Atoms], config: LabelConfig, store: LabelStore
+) -> None:
+    """Refuse labels from files that contradict those that the store took from files before."""
+    unique = {structure_key(atoms): atoms for atoms in structures}
+    keys = [key for key in unique if store.has(key, "reference")]
+    for key, stored in zip(keys, store.labelled_atoms(keys), strict=True):
+        for name in wanted_quantities(stored, config):
+            if not store.has(key, "reference", [name]):
+                continue
+            before, now = file_value(stored, name), file_value(unique[key], name)
+            if not np.allclose(before, now, rtol=0, atol=LABEL_RESOLUTION):
+                raise LabelConflictError(
+                    f"{stored.get_chemical_formula()} ({key[:12]}) has another label ({name}) "
+                    f"than in {store.path}, where it was stored before. Use another store, or "
+                    f"the labels of before."
+                )
 
 
 def _tasks(

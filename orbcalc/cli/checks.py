@@ -27,11 +27,10 @@ def check(config_file: ConfigFile) -> None:
 def _check_run(config: RunConfig) -> None:
     from orbcalc.labels.process import WorkerProcess, label_structure
     from orbcalc.labels.reference import check_file_labels
-    from orbcalc.structures import read_structures
+    from orbcalc.labels.store import read_sources
 
     source = config.pool
-    structures = read_structures(source.structures) if source.structures else []
-    starts = read_structures(source.start) if source.start else []
+    structures, starts = read_sources(source.structures), read_sources(source.start)
     output.print(f"pool: {len(structures)} structures from files, {len(starts)} to start MD from")
     if config.certificate.by_audit:
         md = source.md

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from orbcalc.cli.console import Dask, console, output
+from orbcalc.cli.console import Dask, check_output, console, output
 from orbcalc.cli.progress import label_bar
 from orbcalc.cli.tables import print_census
 from orbcalc.errors import ConfigError
@@ -46,11 +46,13 @@ def label(
     from orbcalc.active.folder import write_structures
     from orbcalc.active.labelling import label_into_store
     from orbcalc.config import DaskConfig, LabelConfig, parse_config
-    from orbcalc.labels.store import LabelStore
-    from orbcalc.structures import read_structures, structure_key
+    from orbcalc.labels.label import Kind
+    from orbcalc.labels.store import LabelStore, read_sources
+    from orbcalc.structures import structure_key
 
     if reference == "none" and not charges:
         raise ConfigError("nothing to label: --reference none and --no-charges")
+    check_output(out)
     config = parse_config(
         {
             "reference": {
@@ -65,33 +67,30 @@ def label(
         LabelConfig,
         source="command line",
     )
-    kinds = tuple(
-        kind
-        for kind, wanted in (("charges", charges), ("reference", reference != "none"))
-        if wanted
-    )
-    atoms_list = read_structures(structures)
+    wanted: dict[Kind, bool] = {"charges": charges, "reference": reference != "none"}
+    kinds = tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
+    atoms_list = read_sources(structures)
     labels = LabelStore(store or out.with_suffix(".db"))
     with (
         open_executor(DaskConfig(address=dask, model_workers=1)) as executor,
         label_bar() as progress,
     ):
-        statuses = label_into_store(
+        label_into_store(
             executor,
             atoms_list,
             config,
             labels,
-            kinds=kinds,  # type: ignore[arg-type]
+            kinds=kinds,
             progress=progress,
         )
     keys = list(dict.fromkeys(structure_key(atoms) for atoms in atoms_list))
     write_structures(out, labels.labelled_atoms(keys))
     print_census(labels.census())
-    failed = sum(count for status, count in statuses.items() if status != "ok")
+    failed = sum(labels.status(key, kind) != "ok" for key in keys for kind in kinds)
     output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")
     if failed:
-        failures = Text(f"{failed} new labels failed", "yellow")
-        console.print(failures + f": see {labels.path}; never trained on")
+        failures = Text(f"{failed} labels failed, now or before", "yellow")
+        console.print(failures + f": see {labels.path}; never trained on, and not tried again")
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orbcalc.cli.console import ConfigFile, output
+from orbcalc.cli.console import ConfigFile, check_output, output
 from orbcalc.cli.progress import training_bars
 from orbcalc.cli.tables import print_errors, print_model
 from orbcalc.errors import OrbcalcError
@@ -53,10 +53,12 @@ def evaluate(
     from orbcalc.calculator import baseline_worker, open_model, predict
     from orbcalc.results import with_results
     from orbcalc.training.dataset import LabelDataset
-    from orbcalc.training.run import load_labelled, model_errors
+    from orbcalc.training.run import model_errors, read_labelled
 
+    if out is not None:
+        check_output(out)
     committee, metadata = open_model(model, device=device)
-    labelled = load_labelled(tuple(structures))
+    labelled = read_labelled(tuple(structures))
     for atoms in labelled:
         committee.first.check_elements(atoms.numbers.tolist())
     if (worker := baseline_worker(committee, metadata)) is not None:

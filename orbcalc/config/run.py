@@ -38,6 +38,14 @@ class MDConfig(StrictModel):
         default=2, ge=1, description="rounds that enlarge the pool; afterwards it is fixed"
     )
 
+    @model_validator(mode="after")
+    def _proposes(self) -> MDConfig:
+        if self.steps < self.every:
+            raise ValueError(
+                f"{self.steps} steps end before the first structure, after {self.every}"
+            )
+        return self
+
 
 class PoolConfig(StrictModel):
     """Where candidate structures come from: a file, MD, or both."""

@@ -18,7 +18,13 @@ from orbcalc.labels.label import Label, Provenance, Values, attempt
 from orbcalc.labels.xtb import XTBSettings, xtb_provenance, xtb_values
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
 
-__all__ = ["ReferenceLabeler", "check_file_labels", "reference_provenance", "wanted_quantities"]
+__all__ = [
+    "ReferenceLabeler",
+    "check_file_labels",
+    "file_value",
+    "reference_provenance",
+    "wanted_quantities",
+]
 
 FILE_KEYS = {"energy": REF_ENERGY, "forces": REF_FORCES, "stress": REF_STRESS}
 GFN2 = "GFN2-xTB"
@@ -70,7 +76,7 @@ class ReferenceLabeler:
     def _values(self, atoms: Atoms) -> Values:
         wanted = wanted_quantities(atoms, self.config)
         if self.config.reference.calculator == "file":
-            return {name: _file_value(atoms, name) for name in wanted}
+            return {name: file_value(atoms, name) for name in wanted}
         if self.config.reference.calculator == GFN2:
             settings = _xtb_settings(self.config.reference)
             return xtb_values(
@@ -180,7 +186,16 @@ def _raw_file_value(atoms: Atoms, name: str) -> Any:
     return (atoms.arrays if name == "forces" else atoms.info).get(FILE_KEYS[name])
 
 
-def _file_value(atoms: Atoms, name: str) -> float | np.ndarray:
+def file_value(atoms: Atoms, name: str) -> float | np.ndarray:
+    """Return the energy (eV), forces (eV/Å) or stress (eV/Å³, Voigt) that a structure came with.
+
+    Raises
+    ------
+    MissingLabelError
+        If it has none.
+    LabelError
+        If it has a wrong shape.
+    """
     raw, key = _raw_file_value(atoms, name), FILE_KEYS[name]
     if raw is None:
         raise MissingLabelError(

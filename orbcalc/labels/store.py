@@ -34,9 +34,9 @@ from orbcalc.properties import (
     XTB_METHOD,
     XTB_SHELLS,
 )
-from orbcalc.structures import structure_key
+from orbcalc.structures import read_structures, structure_key
 
-__all__ = ["STRUCTURE_KEY", "LabelStore", "is_label_store"]
+__all__ = ["STRUCTURE_KEY", "SUFFIXES", "LabelStore", "is_label_store", "read_sources"]
 
 #: Key of ``atoms.info``, and of the database, with the name of a structure.
 STRUCTURE_KEY = "structure_key"
@@ -365,6 +365,27 @@ def is_label_store(path: str | Path) -> bool:
             return METADATA in database.metadata
     except LabelError:
         return False
+
+
+def read_sources(paths: Iterable[str | Path]) -> list[Atoms]:
+    """Read the structures of files and label stores, with the labels, charge and spin they have.
+
+    Raises
+    ------
+    StructureError
+        If a file cannot be read, or a structure cannot be computed.
+    LabelError
+        If a label store cannot be read.
+    """
+    return [
+        atoms
+        for path in paths
+        for atoms in (
+            LabelStore(path, create=False).labelled_atoms()
+            if is_label_store(path)
+            else read_structures(path)
+        )
+    ]
 
 
 def _row(row_id: int, pairs: dict[str, Any]) -> _Row:

@@ -236,6 +236,8 @@ class Backbone(nn.Module):
         self.harmonics = SphericalHarmonics(config.l_max)
         self.elements = nn.Embedding(n_elements, channels)
         self.electrons = mlp(2, channels, channels, bias=False)
+        # Charge and spin do nothing before training, and nothing after it if it shows none.
+        nn.init.zeros_(self.electrons.get_parameter("2.weight"))
         # The first layer tells elements apart; many of them share a few channels.
         n_kinds = min(n_elements, ELEMENT_CHANNELS)
         self.kinds = nn.Embedding(n_elements, n_kinds)

@@ -16,7 +16,7 @@ from orbcalc.model.archive import read_archive, write_archive
 from orbcalc.model.committee import Calibration, Committee
 from orbcalc.model.potential import Potential, Statistics
 
-__all__ = ["load_model", "potential_content", "potential_from", "save_model"]
+__all__ = ["electrons_seen", "load_model", "potential_content", "potential_from", "save_model"]
 
 _KIND, _VERSION = "model", 2
 _UNITS = {"energy": "eV", "length": "Å", "charge": "e", "stress": "eV/Å³"}
@@ -70,17 +70,23 @@ def load_model(
     try:
         members = []
         for number, member in enumerate(content["members"]):
-            potential = potential_from(member, dtype)
             start = f"{number}."
             weights = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            _check_sizes(member["config"], weights)
+            potential = potential_from(member, dtype)
             load_weights(potential, weights)
             members.append(potential.to(device).requires_grad_(False).eval())
         committee = Committee(members, Calibration(**content["calibration"]))
         return committee, content["metadata"]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        if isinstance(e, CheckpointError):
             raise
-        raise CheckpointError(f"the model in {path} contradicts itself: {error}") from error
+        raise CheckpointError(f"the model in {path} contradicts itself: {e}") from e
+
+
+def electrons_seen(metadata: Mapping[str, Any]) -> set[tuple[int, int]]:
+    """Return charge and multiplicity of the training structures, as far as a file says them."""
+    return {(q, m) for q, m in (metadata.get("training_set") or {}).get("electrons", ())}
 
 
 def potential_content(potential: Potential) -> dict[str, Any]:
@@ -129,6 +135,27 @@ def load_weights(potential: Potential, weights: Mapping[str, Tensor]) -> None:
     """Load weights, all of them, and refuse any that are not finite."""
     _refuse_not_finite(weights)
     potential.load_state_dict(dict(weights), strict=True)
+
+
+def _check_sizes(content: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Refuse sizes that the weights do not have, before memory is taken for them."""
+    config = parse_config(content, PotentialConfig, source="model file")
+    n_shown = config.message_l_max + 1
+    mixed = config.radial_functions * config.message_channels * n_shown
+    shapes: dict[str, tuple[int, ...]] = {
+        "energy_head.hidden.weight": (config.channels, config.channels)
+    }
+    for layer in range(config.layers):
+        start = f"backbone.densities.{layer}"
+        shapes[f"{start}.radial.first.weight"] = (config.radial_hidden, config.radial_functions)
+        if layer:
+            shown = n_shown, config.channels, config.message_channels
+            shapes[f"backbone.shown.{layer - 1}.weight"] = shown
+            shapes[f"{start}.mix.weight"] = config.l_max + 1, mixed, config.channels
+    for name, shape in shapes.items():
+        found = tuple(weights[name].shape)
+        if found != shape:
+            raise ConfigError(f"{name} has shape {found}, its configuration says {shape}")
 
 
 def _members(committee: Committee) -> list[Potential]:

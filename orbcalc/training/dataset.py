@@ -50,7 +50,7 @@ class Targets:
     forces: Float[Tensor, "n_atoms 3"]
     """eV/Å."""
     stress: Float[Tensor, "n_structures 3 3"]
-    """eV/Å³."""
+    """eV/Å³; NaN without a volume."""
     charges: Float[Tensor, "n_atoms 23"]
     """Charge blocks as irreps, e."""
     xtb_energy: Float[Tensor, " n_structures"]
@@ -68,8 +68,11 @@ class Targets:
             If a label has the wrong shape or is infinite.
         """
         n_atoms = len(atoms)
+        has_volume = bool(atoms.pbc.any()) and atoms.cell.rank == 3
         stress = _read(atoms, REF_STRESS, atoms.info, (6,), (3, 3))
         full = voigt_6_to_full_3x3_stress(stress) if stress.shape == (6,) else stress
+        if not has_volume:  # a molecule may well come with zeros
+            full = np.full((3, 3), np.nan)
         return cls(
             energy=torch.from_numpy(_read(atoms, REF_ENERGY, atoms.info, ())).reshape(1),
             forces=torch.from_numpy(_read(atoms, REF_FORCES, atoms.arrays, (n_atoms, 3))),

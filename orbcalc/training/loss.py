@@ -124,8 +124,8 @@ def multitask_loss(
             scale = graph.n_atoms_of_structure * scale
         elif task == "charges":
             assert potential.charge_head is not None
-            output, wanted = _charges(potential, prediction, targets)
             elements = potential.element_index[graph.numbers]
+            output, wanted = _charges(potential, prediction, elements, targets)
             scale = potential.charge_head.get_buffer("scale")[elements]
         count = None if counts is None else counts[task]
         terms[task] = _mean_error(output, wanted.to(output.dtype), scale, count)
@@ -153,7 +153,8 @@ class ErrorSums:
             if (output := getattr(prediction, name)) is not None:
                 self._add(name, output, getattr(targets, name))
         if prediction.orbital_charges is not None:
-            self._add("charges", *_charges(potential, prediction, targets))
+            elements = potential.element_index[graph.numbers]
+            self._add("charges", *_charges(potential, prediction, elements, targets))
 
     def result(self) -> dict[str, float]:
         """Return MAE and RMSE of each quantity that had labels; eV/atom, eV/Å, eV/Å³, e."""
@@ -173,9 +174,13 @@ class ErrorSums:
 
 
 def _charges(
-    potential: Potential, prediction: Prediction, targets: Targets
+    potential: Potential, prediction: Prediction, elements: Tensor, targets: Targets
 ) -> tuple[Tensor, Tensor]:
+    """Return predicted and labelled charges; no label counts of what training had none of."""
+    assert potential.charge_head is not None
+    is_learned = potential.charge_head.get_buffer("present")[elements].any(1)
     wanted = charge_targets(targets.charges, potential.config)
+    wanted = torch.where(is_learned[:, None], wanted, torch.nan)
     blocks = prediction.orbital_blocks
     output = blocks if blocks is not None else prediction.orbital_charges
     assert output is not None

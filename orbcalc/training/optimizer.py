@@ -47,18 +47,20 @@ class Optimizer:
 
     def __init__(self, potential: nn.Module, config: OptimizerConfig) -> None:
         self._learning_rate = config.learning_rate
-        inputs_first = {
-            module.weight: isinstance(module, DegreeLinear)
+        linear = {
+            module.weight: module
             for module in potential.modules()
             if isinstance(module, (nn.Linear, DegreeLinear))
         }
         matrices: dict[bool, list[nn.Parameter]] = {}
         others: dict[int, list[nn.Parameter]] = {}
         for weight in potential.parameters():
-            if weight in inputs_first and min(weight.shape[-2:]) >= _MIN_SIDE:
-                matrices.setdefault(inputs_first[weight], []).append(weight)
+            module = linear.get(weight)
+            inputs_first = isinstance(module, DegreeLinear)
+            if module is not None and min(weight.shape[-2:]) >= _MIN_SIDE:
+                matrices.setdefault(inputs_first, []).append(weight)
             else:
-                n_inputs = weight.shape[-1] if weight in inputs_first else 1
+                n_inputs = 1 if module is None else weight.shape[-2 if inputs_first else -1]
                 others.setdefault(n_inputs, []).append(weight)
         self._parts: dict[str, torch.optim.Optimizer] = {
             "adam": torch.optim.AdamW(

@@ -29,7 +29,7 @@ from orbcalc.files import (
     replace_file,
     write_json,
 )
-from orbcalc.labels.store import LabelStore, is_label_store
+from orbcalc.labels.store import read_sources
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
@@ -44,14 +44,22 @@ from orbcalc.properties import (
     XTB_METHOD,
     XTB_SHELLS,
 )
-from orbcalc.structures import hold_out, read_structures, structure_key
+from orbcalc.structures import charge_and_multiplicity, hold_out, structure_key
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.loss import ErrorSums, active_properties
 from orbcalc.training.statistics import fit_statistics
 from orbcalc.training.trainer import Trainer, on_device, resolve_device
 
-__all__ = ["finish_training", "load_labelled", "model_errors", "split", "train", "train_member"]
+__all__ = [
+    "finish_training",
+    "load_labelled",
+    "model_errors",
+    "read_labelled",
+    "split",
+    "train",
+    "train_member",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +169,7 @@ def finish_training(
     config = _resolved(config, sets)
     train_set, valid_set = _datasets(config, sets)
     committee = calibrate(Committee(members), train_set, valid_set)
-    n_train = len(train_set.labelled(REFERENCE_TASKS))
+    labelled = train_set.labelled(REFERENCE_TASKS)
     save_model(
         config.output,
         committee,
@@ -170,9 +178,10 @@ def finish_training(
             "labels": _methods(sets.train + sets.valid),
             "training_set": {
                 "sha256": _content_hash(sets.train),
-                "n_train": n_train,
-                "n_cheap": len(train_set) - n_train,
+                "n_train": len(labelled),
+                "n_cheap": len(train_set) - len(labelled),
                 "n_valid": len(sets.valid),
+                "electrons": sorted({charge_and_multiplicity(sets.train[i]) for i in labelled}),
             },
             "valid_errors": model_errors(committee, valid_set, active_properties(config.tasks)),
             **(metadata or {}),
@@ -192,8 +201,21 @@ def model_errors(
     return sums.result()
 
 
+def read_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
+    """Read labelled structures from files and label stores.
+
+    Raises
+    ------
+    LabelConflictError
+        If their labels come from different methods, versions or settings.
+    """
+    found = read_sources(paths)
+    _methods(found)
+    return found
+
+
 def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
-    """Read labelled structures from files and label stores, without duplicates.
+    """Read labelled structures without duplicates; see `read_labelled`.
 
     Of a duplicate, the kind of label is kept that the first one lacks.
 
@@ -203,20 +225,16 @@ def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
         If their labels come from different methods, versions or settings.
     """
     structures: dict[str, Atoms] = {}
-    for path in paths:
-        found = LabelStore(path).labelled_atoms() if is_label_store(path) else read_structures(path)
-        for atoms in found:
-            known = structures.setdefault(structure_key(atoms), atoms)
-            if known is not atoms:
-                _add_labels(known, atoms)
-    result = list(structures.values())
-    _methods(result)
-    return result
+    for atoms in read_labelled(paths):
+        known = structures.setdefault(structure_key(atoms), atoms)
+        if known is not atoms:
+            _add_labels(known, atoms)
+    return list(structures.values())
 
 
 def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Atoms], list[Atoms]]:
     """Hold out a random share, at least one, of the structures that have a reference label."""
-    labelled = [i for i, atoms in enumerate(structures) if REF_ENERGY in atoms.info]
+    labelled = [i for i, atoms in enumerate(structures) if _has_reference(atoms)]
     candidates = labelled or list(range(len(structures)))
     n_valid = max(1, round(fraction * len(candidates)))
     order = np.random.default_rng(seed).permutation(candidates)
@@ -228,6 +246,12 @@ def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Ato
         )
     train_set = [atoms for i, atoms in enumerate(structures) if i not in held_out]
     return train_set, [structures[i] for i in sorted(held_out)]
+
+
+def _has_reference(atoms: Atoms) -> bool:
+    """Tell whether any reference label is there; NaN is none."""
+    labels = [{**atoms.info, **atoms.arrays}.get(key) for key in _REFERENCE_KEYS]
+    return any(x is not None and bool(np.isfinite(np.array(x, float)).any()) for x in labels)
 
 
 def _add_labels(atoms: Atoms, duplicate: Atoms) -> None:
@@ -252,8 +276,7 @@ def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
     """Decide what the configuration leaves to the structures."""
     return config.resolved(
         cheap_only=any(
-            XTB_ENERGY in atoms.info and _REFERENCE_KEYS.isdisjoint({*atoms.info, *atoms.arrays})
-            for atoms in sets.train
+            XTB_ENERGY in atoms.info and not _has_reference(atoms) for atoms in sets.train
         )
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from orbcalc.config import PotentialConfig
 from orbcalc.errors import ConfigError
+from orbcalc.graph import AtomGraph
 from orbcalc.model.basis import polynomial_cutoff
 from orbcalc.model.potential import Statistics
 from orbcalc.orbitals import diagonal_basis
@@ -39,7 +40,8 @@ def fit_statistics(
     config
         Of the potential.
     reference_energies
-        Energy of each lone atom by symbol, eV; by default a least-squares fit of the energies.
+        Energy of each lone atom by symbol, eV; by default that of labelled lone atoms, and a
+        least-squares fit of the energies for the other elements.
 
     Raises
     ------
@@ -55,7 +57,8 @@ def fit_statistics(
     xtb_energies = torch.cat([targets.xtb_energy for targets in dataset.targets])
     xtb_forces = torch.cat([targets.xtb_forces for targets in dataset.targets])
     n_atoms = counts.sum(1)
-    xtb_reference = _fit_energies(counts, xtb_energies)
+    is_lone = torch.tensor([_is_lone_atom(graph) for graph in dataset.graphs])
+    xtb_reference = _fit_energies(counts, xtb_energies, is_lone)
     xtb_residuals = xtb_energies - counts @ xtb_reference
     # What is learned from the reference labels: the energy, or its difference from GFN1-xTB.
     on_top = config.xtb_head == "baseline" and bool(
@@ -64,9 +67,9 @@ def fit_statistics(
     if reference_energies is not None:
         reference = _given_energies(reference_energies, elements)
     elif on_top:
-        reference = xtb_reference + _fit_energies(counts, energies - xtb_energies)
+        reference = xtb_reference + _fit_energies(counts, energies - xtb_energies, is_lone)
     else:
-        reference = _fit_energies(counts, energies)
+        reference = _fit_energies(counts, energies, is_lone)
     residuals = energies - counts @ reference
     if on_top:
         residuals, forces = residuals - xtb_residuals, forces - xtb_forces
@@ -93,13 +96,27 @@ def charge_targets(
     return torch.where(absent, torch.nan, torch.nan_to_num(blocks) @ basis)
 
 
-def _fit_energies(counts: Tensor, energies: Tensor) -> Tensor:
-    """Return the energy of each element by least squares; zero without labels."""
+def _is_lone_atom(graph: AtomGraph) -> bool:
+    return graph.n_atoms == 1 and not bool(graph.mask.any()) and not bool(graph.charge.any())
+
+
+def _fit_energies(counts: Tensor, energies: Tensor, is_lone: Tensor) -> Tensor:
+    """Return the energy of each element; zero without labels.
+
+    That of labelled lone atoms where there are some, since a potential can give them no other;
+    by least squares for the other elements.
+    """
+    solution = counts.new_zeros(counts.shape[1])
     labelled = torch.isfinite(energies)
-    if not labelled.any():
-        return counts.new_zeros(counts.shape[1])
-    fit = torch.linalg.lstsq(counts[labelled], energies[labelled, None], driver="gelsd")
-    solution: Tensor = fit.solution[:, 0]
+    lone = counts[labelled & is_lone]
+    n_lone = lone.sum(0)
+    known = n_lone > 0
+    solution[known] = (lone.T @ energies[labelled & is_lone])[known] / n_lone[known]
+    rows = labelled & (counts[:, ~known].sum(1) > 0)
+    if rows.any():
+        left = (energies - counts @ solution)[rows, None]
+        fit = torch.linalg.lstsq(counts[rows][:, ~known], left, driver="gelsd")
+        solution[~known] = fit.solution[:, 0]
     return solution
 
 

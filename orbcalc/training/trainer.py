@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 
 from orbcalc.config import TaskWeights, TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
@@ -71,6 +72,12 @@ class Trainer:
         train.require(config.tasks)
         if len(valid) == 0:
             raise ConfigError("the validation set is empty; give more structures, or `valid`")
+        if unknown := sorted({*valid.elements} - {*train.elements}):
+            symbols = " ".join(chemical_symbols[z] for z in unknown)
+            raise ConfigError(
+                f"the validation set has {symbols}, which no training structure has. Add some to "
+                f"the training set, or leave them out."
+            )
         census = valid.census()
         if not any(getattr(config.tasks, task) > 0 and count for task, count in census.items()):
             raise MissingLabelError(

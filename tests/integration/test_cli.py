@@ -16,6 +16,7 @@ from ase.build import molecule
 from distributed import Client
 from killed_run import Story
 from small_runs import run_data, start_cli, train_config, waters, write_pool, write_yaml
+from structures import ammonium
 
 from orbcalc.config import dump_config
 from orbcalc.labels.label import LabelStatus
@@ -176,6 +177,49 @@ def test_label_computes_only_what_its_store_lacks(cli: Cli, client: Client, here
         assert again.wall_time_s == charges.wall_time_s
 
 
+def test_label_computes_what_a_stored_label_lacks(cli: Cli, client: Client, here: Path) -> None:
+    path = write_pool(here / "x.xyz", waters(2))
+    label(cli, client, path, "-o", "f.extxyz", "--no-charges", "--no-forces")
+    assert "REF_forces" not in ase.io.read("f.extxyz").arrays
+    found = label(cli, client, path, "-o", "f.extxyz", "--no-charges")
+    assert found.code == 0, found.err
+    assert all("REF_forces" in atoms.arrays for atoms in ase.io.read("f.extxyz", ":"))
+
+
+def test_label_refuses_another_label_of_a_file(cli: Cli, client: Client, here: Path) -> None:
+    structures = waters(2)
+    for energy, is_refused in ((-10.0, False), (-10.0 + 1e-8, False), (-11.0, True)):
+        structures[1].info[REF_ENERGY] = energy
+        structures[0].info[REF_ENERGY] = -10.0
+        path = write_pool(here / "x.xyz", structures)
+        options = ("--reference", "file", "--no-charges", "--no-forces")
+        found = label(cli, client, path, "-o", "f.extxyz", *options)
+        assert found.code == is_refused, found.err
+    assert "has another label (energy) than in f.db" in found.err
+    assert ase.io.read("f.extxyz", -1).info[REF_ENERGY] == -10.0
+
+
+def test_no_output_takes_the_place_of_a_label_store(
+    cli: Cli, here: Path, model: Path, label_store: Path, labelled_file: Path
+) -> None:
+    before = label_store.read_bytes()
+    for arguments in (("label", labelled_file), ("evaluate", model, labelled_file)):
+        found = cli(*arguments, "-o", label_store)
+        assert found.code == 2
+        assert "names in .db or .aselmdb are those of label stores" in found.err
+    assert label_store.read_bytes() == before
+
+
+def test_a_label_store_is_labelled_with_its_charges(cli: Cli, client: Client, here: Path) -> None:
+    path = write_pool(here / "x.extxyz", [ammonium()])
+    label(cli, client, path, "-o", "first.extxyz", "--no-charges")
+    found = label(cli, client, here / "first.db", "-o", "second.extxyz", "--no-charges")
+    assert found.code == 0, found.err
+    first, second = ase.io.read("first.extxyz"), ase.io.read("second.extxyz")
+    assert second.info["charge"] == 1
+    assert second.info[REF_ENERGY] == first.info[REF_ENERGY]
+
+
 def test_what_a_calculator_cannot_do_is_recorded_and_told(
     cli: Cli, client: Client, here: Path
 ) -> None:
@@ -282,6 +326,17 @@ def test_evaluate_writes_predictions_of_a_model_without_charges(
     found = cli("evaluate", "m.orbcalc", labelled_file, "-o", "predicted.extxyz")
     assert found.code == 0, found.err
     assert "charges" not in results_of(ase.io.read("predicted.extxyz"))
+
+
+def test_evaluate_keeps_every_structure(
+    cli: Cli, here: Path, model: Path, labelled_waters: list[Atoms]
+) -> None:
+    twice = [labelled_waters[i] for i in (0, 1, 0, 2)]
+    path = write_pool(here / "x.extxyz", twice)
+    found = cli("evaluate", model, path, "--json", "-o", "predicted.extxyz")
+    assert json.loads(found.out)["structures"] == 4
+    for atoms, predicted in zip(twice, ase.io.read("predicted.extxyz", ":"), strict=True):
+        assert structure_key(predicted) == structure_key(atoms)
 
 
 def test_evaluate_refuses_an_element_it_does_not_know(cli: Cli, here: Path, model: Path) -> None:

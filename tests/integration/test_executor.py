@@ -149,6 +149,40 @@ def test_a_run_without_workers_says_so(executor: Executor) -> None:
         list(impatient.map(square, [1], "label"))
 
 
+def test_workers_that_come_later_are_used() -> None:
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+        ) as cluster,
+        Client(cluster, set_as_default=False) as plain,
+    ):
+        at_once: list[int] = []
+        drawn = 0
+
+        def source() -> Iterator[float]:
+            nonlocal drawn
+            for _ in range(30):
+                drawn += 1
+                yield 0.1
+
+        for number, _ in enumerate(Executor(plain).map(nap, source(), "label")):
+            at_once.append(drawn - number)
+            if number == 3:
+                cluster.scale(4)
+                plain.wait_for_workers(4)
+        assert max(at_once[:3]) <= 3
+        assert max(at_once) >= 8
+
+
+def test_no_worker_at_all_is_told() -> None:
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as plain,
+        pytest.raises(WorkersLostError, match="no Dask worker that offers LABEL for 0 s"),
+    ):
+        list(Executor(plain, worker_timeout_s=0.3).map(square, [1], "label"))
+
+
 def test_labels_whose_worker_dies_again_and_again_are_failures(
     executor: Executor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from ase import Atoms
 from small_runs import train_config, write_pool
 
 from orbcalc.calculator import predict
-from orbcalc.config import TrainConfig
+from orbcalc.config import PotentialConfig, TrainConfig
 from orbcalc.errors import (
     CheckpointError,
     ConfigError,
@@ -28,12 +28,14 @@ from orbcalc.labels.label import Kind
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee
+from orbcalc.model.potential import Potential
 from orbcalc.orbitals import SLOTS
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_BLOCKS
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_BLOCKS, XTB_SHELLS
 from orbcalc.structures import structure_key
 from orbcalc.training.dataset import LabelDataset
-from orbcalc.training.run import load_labelled, split, train, train_member
+from orbcalc.training.run import load_labelled, model_errors, split, train, train_member
 from orbcalc.training.state import TrainState
+from orbcalc.training.statistics import fit_statistics
 from orbcalc.training.trainer import Trainer, resolve_device
 
 CHARGES_ONLY = {"energy": 0, "forces": 0, "charges": 1}
@@ -332,6 +334,43 @@ def test_one_reference_label_among_cheap_ones_is_too_few(labelled_waters: list[A
     cheap = stripped(labelled_waters[1:], REF_ENERGY, REF_FORCES)
     with pytest.raises(ConfigError, match="1 labelled structures are too few"):
         split([labelled_waters[0], *cheap], 0.2, 0)
+
+
+@pytest.mark.parametrize("missing", ["no energies", "NaN energies"])
+def test_validation_takes_any_reference_label(labelled_waters: list[Atoms], missing: str) -> None:
+    """Among many cheap ones, those with forces alone are not overlooked; NaN is no label."""
+    structures = [atoms.copy() for atoms in labelled_waters]
+    for number, atoms in enumerate(structures):
+        atoms.info.pop(REF_ENERGY)
+        if number >= 6:
+            atoms.arrays.pop(REF_FORCES)
+        if missing == "NaN energies":
+            atoms.info[REF_ENERGY] = np.nan
+    for seed in range(10):
+        train_set, valid_set = split(structures, 0.3, seed)
+        assert [REF_FORCES in atoms.arrays for atoms in valid_set] == [True, True]
+        assert len(train_set) == 28
+
+
+def test_a_validation_set_with_a_new_element_is_told(
+    labelled: list[Atoms], labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    config = train_config(tmp_path / "unused", tmp_path / "unused")
+    sets = LabelDataset(labelled_waters, 4.0), LabelDataset(labelled, 4.0)
+    with pytest.raises(ConfigError, match=r"the validation set has .*Fe.* no training structure"):
+        Trainer(*sets, config, seed=0)
+
+
+def test_charges_that_training_had_none_of_are_no_error(labelled: list[Atoms]) -> None:
+    iron = next(atoms for atoms in labelled if 26 in atoms.numbers)
+    without = stripped([iron], XTB_BLOCKS, XTB_SHELLS)
+    config = PotentialConfig(cutoff=4.0, channels=8)
+    train_set = LabelDataset([*labelled[:2], *without], 4.0)
+    with torch.random.fork_rng(devices=[]):
+        statistics = fit_statistics(train_set, config)
+        potential = Potential(config, train_set.elements, train_set.shells, statistics)
+    errors = model_errors(Committee([potential]), LabelDataset([iron], 4.0), ["energy", "charges"])
+    assert math.isfinite(errors["charges_mae"])
 
 
 def test_an_element_is_never_only_held_out(

@@ -21,10 +21,11 @@ from ase.optimize import BFGS
 from ase.units import fs, kB
 
 from orbcalc.calculator import OrbcalcCalculator, open_model, predict
+from orbcalc.config import PotentialConfig
 from orbcalc.errors import CheckpointError, StructureError, UnsupportedElementError
 from orbcalc.model.checkpoint import save_model
 from orbcalc.model.committee import Committee
-from orbcalc.model.potential import Potential
+from orbcalc.model.potential import Potential, Statistics
 from orbcalc.neighbors import neighbor_list
 from orbcalc.orbitals import shell_slots
 from orbcalc.testing import in_dtype, predicted
@@ -587,3 +588,46 @@ def test_an_element_without_charge_labels_has_no_charges(make_potential, labelle
     with pytest.raises(PropertyNotImplementedError, match="charges"):
         atoms.get_charges()
     assert np.isfinite(atoms.get_forces()).all()
+
+
+def test_charge_and_spin_do_nothing_before_they_are_trained(make_potential):
+    potential = make_potential("none")
+    torch.nn.init.zeros_(potential.backbone.electrons.get_parameter("2.weight"))
+    neutral, charged, hydrogen = structures.water(), structures.water(), structures.lone_atom("H")
+    charged.info["charge"] = 1
+    found = predict(Committee([potential]), [neutral, charged, hydrogen])
+    assert found[0]["energy"] == found[1]["energy"]
+    np.testing.assert_allclose(found[0]["forces"], found[1]["forces"], atol=1e-12)
+    row = potential.elements.index(1)
+    assert found[2]["energy"] == float(potential.reference_energies[row])
+
+
+def test_an_untrained_potential_ignores_charge_and_spin():
+    config = PotentialConfig(cutoff=4.0, channels=8, charge_head="none")
+    statistics = Statistics(torch.zeros(2), 1.0, 1.0, torch.zeros(2, 0), torch.ones(2, 0))
+    with torch.random.fork_rng(devices=[]):
+        potential = Potential(config, [1, 8], {}, statistics, torch.float64)
+    assert not potential.backbone.electrons.get_parameter("2.weight").any()
+
+
+def test_a_charge_that_no_training_structure_had_is_told_once(single, tmp_path):
+    path = tmp_path / "model.orbcalc"
+    save_model(path, single, {"training_set": {"electrons": [[0, 1]]}})
+    charged = structures.water()
+    charged.info["charge"] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(path, [structures.water()])
+        predict(single, [charged])  # what it was trained on is not known
+        calculator = OrbcalcCalculator(path)
+        calculator.get_potential_energy(structures.water())
+    with pytest.warns(UserWarning, match="H2O has charge 1 and multiplicity 2, which no") as caught:
+        predict(path, [charged, structures.water(), charged])
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="which no training structure had") as caught:
+        calculator.get_potential_energy(charged)
+    assert len(caught) == 1
+    charged.rattle(0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calculator.get_potential_energy(charged)

@@ -9,6 +9,7 @@ import yaml
 
 from orbcalc.config import (
     LabelConfig,
+    MDConfig,
     PotentialConfig,
     RunConfig,
     TrainConfig,
@@ -299,3 +300,19 @@ def test_the_gfn1_energy_is_learned_where_it_pays(
     assert (resolved.tasks.xtb_energy, resolved.tasks.xtb_forces) == weights
     again = parse_config(resolved.model_dump(mode="json"), TrainConfig, source="a test")
     assert again.resolved(cheap_only=not cheap_only) == resolved
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "0.1e-2", ".1e-2", "1.0e-3"])
+def test_numbers_with_exponents_are_numbers(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "pool: {structures: a.xyz}\n"
+        f"labels: {{reference: {{arguments: {{accuracy: {text}, name: e-3, other: '{text}'}}}}}}\n"
+    )
+    arguments = load_config(path, RunConfig).labels.reference.arguments
+    assert arguments == {"accuracy": 0.001, "name": "e-3", "other": text}
+
+
+def test_dynamics_propose_something() -> None:
+    with pytest.raises(ValueError, match="10 steps end before the first structure, after 20"):
+        MDConfig(steps=10)

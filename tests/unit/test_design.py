@@ -137,7 +137,7 @@ def test_the_same_seed_asks_for_the_same() -> None:
 def test_asking_twice_changes_nothing_and_predictions_are_frozen() -> None:
     design = make(100)
     first = design.ask()
-    assert design.ask() is first
+    assert design.ask().tolist() == first.tolist()
     design.tell(first, np.zeros(10))
     predictions = np.ones(100)
     audit = design.ask(predictions, np.zeros(100))
@@ -146,6 +146,18 @@ def test_asking_twice_changes_nothing_and_predictions_are_frozen() -> None:
     look = design.tell(audit, np.zeros(12))
     assert look is not None
     assert look.n_audit_misses == 12
+
+
+def test_what_was_asked_for_may_be_sorted_by_the_caller() -> None:
+    design = make(100)
+    design.tell(design.ask(), np.zeros(10))
+    audit = design.ask(np.zeros(100), np.zeros(100))
+    expected = audit.tolist()
+    audit.sort()
+    assert audit.tolist() != expected
+    with pytest.raises(ConfigError, match="not the indices that were asked for"):
+        design.tell(audit, np.zeros(len(audit)))
+    assert design.ask().tolist() == expected
 
 
 def test_the_published_rule_asks_for_no_audit() -> None:

@@ -23,7 +23,7 @@ from orbcalc.config import (
     load_config,
 )
 from orbcalc.errors import ConfigError, MissingLabelError
-from orbcalc.structures import structure_key
+from orbcalc.structures import read_structures, structure_key
 
 
 @pytest.fixture
@@ -34,9 +34,16 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
-def test_the_resolved_configuration_is_written_once(config: RunConfig) -> None:
+def begin(config: RunConfig) -> RunFolder:
+    """Return the folder of a run whose first round has begun."""
     folder = RunFolder(config.output)
     folder.prepare(config)
+    write_structures(folder.round(0).pool, [water()])
+    return folder
+
+
+def test_the_resolved_configuration_is_written_once(config: RunConfig) -> None:
+    folder = begin(config)
     assert load_config(folder.config_file, RunConfig) == config
     before = folder.config_file.read_bytes()
     folder.prepare(config.model_copy(update={"stop": StopConfig(max_rounds=99)}))
@@ -50,15 +57,22 @@ def test_the_resolved_configuration_is_written_once(config: RunConfig) -> None:
 def test_what_does_not_decide_the_outcome_may_change(
     config: RunConfig, change: dict[str, object]
 ) -> None:
-    RunFolder(config.output).prepare(config)
-    RunFolder(config.output).prepare(config.model_copy(update=change))
+    begin(config).prepare(config.model_copy(update=change))
 
 
 @pytest.mark.parametrize("change", [{"seed": 5}, {"committee": 3}, {"warm_start": False}])
 def test_another_run_is_refused(config: RunConfig, change: dict[str, object]) -> None:
-    RunFolder(config.output).prepare(config)
+    folder = begin(config)
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
-        RunFolder(config.output).prepare(config.model_copy(update=change))
+        folder.prepare(config.model_copy(update=change))
+
+
+def test_what_has_not_begun_may_be_corrected(config: RunConfig) -> None:
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    other = config.model_copy(update={"seed": 5})
+    folder.prepare(other)
+    assert load_config(folder.config_file, RunConfig) == other
 
 
 @pytest.mark.parametrize("name", ["pool.xyz", "start.xyz"])
@@ -69,6 +83,7 @@ def test_a_run_does_not_go_on_with_a_changed_file(tmp_path: Path, name: str) -> 
     folder = RunFolder(config.output)
     folder.prepare(config)
     assert [len(part) for part in read_inputs(config, folder)] == [1, 1]
+    write_structures(folder.round(0).pool, [water()])
     folder.prepare(config)
     write_pool(paths[name], [ethanol()])
     with pytest.raises(ConfigError, match=rf"{name} has changed since the run in .*run read it\."):
@@ -96,8 +111,7 @@ def test_files_that_no_run_could_begin_with_may_be_corrected(tmp_path: Path) -> 
 
 
 def test_a_folder_from_before_files_were_remembered_goes_on(config: RunConfig) -> None:
-    folder = RunFolder(config.output)
-    folder.prepare(config)
+    folder = begin(config)
     write_pool(config.pool.structures[0], [water()])
     assert not folder.inputs.exists()
     folder.prepare(config)
@@ -112,6 +126,22 @@ def test_the_pool_grows_in_order_and_without_duplicates(config: RunConfig) -> No
     expected = [structure_key(water()), structure_key(ethanol())]
     assert list(folder.pool(1)) == list(folder.pool(3)) == expected
     assert folder.pool(0) == {}
+
+
+@pytest.mark.parametrize(
+    "value", ["", "a\nb", "a\r\nb", 'say "hi"\n{x}', "F/C=C\\F", "plain", "two words", "_JSON 3"]
+)
+def test_information_is_read_as_it_was_written(tmp_path: Path, value: str) -> None:
+    atoms = water()
+    atoms.set_cell([5.0, 5.0, 5.0])
+    atoms.info |= {"comment": value, 7: "seven"}
+    path = tmp_path / "a.extxyz"
+    write_structures(path, [atoms, atoms])
+    for found in read_structures(path):
+        assert found.info["comment"] == value
+        assert not found.pbc.any()
+        assert structure_key(found) == structure_key(atoms)
+    assert atoms.info["comment"] == value
 
 
 def test_events_have_a_time_and_a_name(config: RunConfig) -> None:

@@ -220,3 +220,25 @@ def test_files_that_cannot_be_read(tmp_path):
     ase.io.write(tmp_path / "bad.extxyz", [structures.water(), overlapping])
     with pytest.raises(StructureError, match=r"of structure 1 of .*bad\.extxyz are 0\.100 Å"):
         read_structures([tmp_path / "bad.extxyz"])
+
+
+@pytest.mark.parametrize(
+    ("choice", "n"), [("", 6), ("@0", 1), ("@-1", 1), ("@:2", 2), ("@1:6:2", 3)]
+)
+def test_a_choice_of_structures(tmp_path, choice, n):
+    frames = [structures.water() for _ in range(6)]
+    for number, atoms in enumerate(frames):
+        atoms.positions[0, 0] += 0.01 * number
+    path = tmp_path / "md@300K.extxyz"
+    ase.io.write(path, frames)
+    found = read_structures(f"{path}{choice}")
+    assert len(found) == n
+    if choice == "@-1":
+        np.testing.assert_allclose(found[0].positions, frames[-1].positions, atol=1e-7)
+
+
+def test_a_choice_that_is_none_is_told(tmp_path):
+    path = tmp_path / "a.extxyz"
+    ase.io.write(path, structures.water())
+    with pytest.raises(StructureError, match=r"cannot read structures from .*a\.extxyz@few"):
+        read_structures(f"{path}@few")

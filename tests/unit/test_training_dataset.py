@@ -103,3 +103,13 @@ def test_batches_keep_the_order_and_hold_everything() -> None:
     energies = torch.cat([targets.energy for _, targets in dataset.batches(4)])
     assert energies[:5].tolist() == [0, 1, 2, 3, 4]
     assert [graph.n_structures for graph, _ in dataset.batches(4)] == [4, 2]
+
+
+def test_a_structure_without_a_volume_has_no_stress() -> None:
+    atoms = water()
+    atoms.info[REF_STRESS] = np.zeros(6)
+    assert not Targets.from_atoms(atoms).has("stress")
+    atoms.set_cell([5.0, 5.0, 5.0])
+    assert not Targets.from_atoms(atoms).has("stress")
+    atoms.pbc = True
+    assert Targets.from_atoms(atoms).has("stress")

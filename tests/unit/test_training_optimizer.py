@@ -105,3 +105,15 @@ def test_moments_come_back(make_potential: MakePotential) -> None:
         ends.append([weight.detach() for weight in potential.parameters()])
     for one, other in zip(*ends, strict=True):
         assert torch.equal(one, other)
+
+
+def test_thin_matrices_of_degrees_step_by_their_inputs() -> None:
+    """Their inputs come before their outputs, unlike those of a linear layer."""
+    layers = nn.ModuleList([DegreeLinear(1, 64, 2), nn.Linear(64, 2, bias=False)])
+    before = [layer.weight.detach().clone() for layer in layers]
+    optimizer = Optimizer(layers, OptimizerConfig(learning_rate=1.0, weight_decay=0.0))
+    for layer in layers:
+        layer.weight.grad = torch.ones_like(layer.weight)
+    optimizer.step(1.0)
+    for layer, old in zip(layers, before, strict=True):
+        torch.testing.assert_close(old - layer.weight, torch.full_like(old, 1 / math.sqrt(64)))

@@ -35,6 +35,29 @@ def test_reference_energies_are_recovered_without_the_unlabelled() -> None:
     )
 
 
+def test_labelled_lone_atoms_are_reference_energies() -> None:
+    """No fit may put them elsewhere: a potential can give them no other energy."""
+    molecules = [additive(name, more=more) for name, more in (("H2O", -9.0), ("H2", -4.0))]
+    oxygen, proton = Atoms("O"), Atoms("H")
+    oxygen.info[REF_ENERGY], proton.info[REF_ENERGY] = LONE[8], 5.0
+    proton.info["charge"] = 1
+    chain = Atoms("O", cell=[1.2, 9, 9], pbc=[True, False, False])  # its images are neighbours
+    chain.info[REF_ENERGY] = -7.0
+    dataset = LabelDataset([*molecules, oxygen, proton, chain], 4.0)
+    found = fit_statistics(dataset, CONFIG).reference_energies
+    assert float(found[1]) == LONE[8]
+    without = fit_statistics(LabelDataset([*molecules, proton, chain], 4.0), CONFIG)
+    assert abs(float(without.reference_energies[1]) - LONE[8]) > 1
+
+
+def test_lone_atoms_alone_are_enough() -> None:
+    atoms = [Atoms("H"), Atoms("O"), Atoms("O")]
+    for own, energy in zip(atoms, (-13.0, -2040.0, -2042.0), strict=True):
+        own.info[REF_ENERGY] = energy
+    found = fit_statistics(LabelDataset(atoms, 4.0), CONFIG).reference_energies
+    assert found.tolist() == [-13.0, -2041.0]
+
+
 def test_without_any_energy_they_are_zero() -> None:
     found = fit_statistics(LabelDataset([molecule("H2O")], 4.0), CONFIG)
     assert found.reference_energies.tolist() == [0.0, 0.0]
