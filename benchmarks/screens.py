@@ -127,7 +127,7 @@ def load_screen(name: str, options: argparse.Namespace) -> Screen:
         found = labelled_qm9(options.data, options.labels, 12_000)
         return gaussian_processes(found, 2000, sizes)
     if name == "qm9-large":
-        sizes = SelectionConfig(initial=2000, batch=2000, audit=2000, diversity=1)
+        sizes = SelectionConfig(initial=2000, batch=2000, audit=600, diversity=1)
         optimizer = {"steps": options.steps or 8000, "batch_size": 32}
         found = labelled_qm9(options.data, options.labels, 20_000)
         return potentials(found, options.pool or 20_000, sizes, optimizer, kcal_mol=1)
