@@ -96,7 +96,7 @@ class OrbcalcCalculator(Calculator):
     of the training are smaller. 95 % of them are smaller than ``energy_interval_95`` and
     ``forces_interval_95``, which may be more than twice as large: errors have heavy tails.
     :func:`orbcalc.with_results` brings all of them into files. Total charge and multiplicity are
-    read from ``atoms.info``.
+    read from ``atoms.info``; a warning tells of those that no training structure had.
 
     Examples
     --------
