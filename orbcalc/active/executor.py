@@ -151,7 +151,7 @@ class Executor:
         name = _RESOURCES[kind]
         try:
             self.client.wait_for_workers(1, timeout=self.worker_timeout_s)
-        except TimeoutError as error:
+        except (TimeoutError, asyncio.TimeoutError) as error:  # one and the same from 3.11 on
             raise self._lost(name) from error
         if any(name in worker["resources"] for worker in self._workers()):
             return {name: 1.0}

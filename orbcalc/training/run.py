@@ -225,11 +225,13 @@ def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
         If their labels come from different methods, versions or settings.
     """
     structures: dict[str, Atoms] = {}
-    for atoms in read_labelled(paths):
+    for atoms in read_sources(paths):
         known = structures.setdefault(structure_key(atoms), atoms)
         if known is not atoms:
             _add_labels(known, atoms)
-    return list(structures.values())
+    result = list(structures.values())
+    _methods(result)
+    return result
 
 
 def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Atoms], list[Atoms]]:
@@ -250,8 +252,15 @@ def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Ato
 
 def _has_reference(atoms: Atoms) -> bool:
     """Tell whether any reference label is there; NaN is none."""
-    labels = [{**atoms.info, **atoms.arrays}.get(key) for key in _REFERENCE_KEYS]
-    return any(x is not None and bool(np.isfinite(np.array(x, float)).any()) for x in labels)
+    found = {**atoms.info, **atoms.arrays}
+    return any(_has_number(found[key]) for key in _REFERENCE_KEYS & found.keys())
+
+
+def _has_number(label: Any) -> bool:
+    try:
+        return bool(np.isfinite(np.array(label, dtype=float)).any())
+    except (TypeError, ValueError):
+        return label is not None  # what is wrong with it is told when it is read
 
 
 def _add_labels(atoms: Atoms, duplicate: Atoms) -> None:
