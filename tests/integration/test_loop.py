@@ -384,7 +384,9 @@ def test_what_md_found_follows_the_structures_of_the_file(story: Story) -> None:
 # ---------------------------------------------------------------------------- refusals
 def test_the_folder_of_another_run_is_refused(pool: Path, tmp_path: Path) -> None:
     config = run_config(pool, tmp_path / "run")
-    RunFolder(config.output).prepare(config)
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    write_structures(folder.round(0).pool, waters(2))
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
         run(run_config(pool, tmp_path / "run", seed=2))
 
