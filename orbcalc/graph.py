@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from orbcalc.neighbors import NeighborList, neighbor_list
-from orbcalc.structures import charge_and_multiplicity
+from orbcalc.structures import charge_and_multiplicity, has_volume
 
 __all__ = ["AtomGraph", "Neighborhood", "gather_neighbors", "sum_reverse"]
 
@@ -74,7 +74,7 @@ class AtomGraph:
             reverse=torch.from_numpy(neighbors.reverse),
             structure_index=torch.zeros(len(atoms), dtype=torch.int64),
             cell=torch.tensor(np.array(atoms.cell.array), dtype=torch.float64)[None],
-            is_periodic=torch.tensor([bool(atoms.pbc.any()) and atoms.cell.rank == 3]),
+            is_periodic=torch.tensor([has_volume(atoms)]),
             charge=torch.tensor([charge], dtype=torch.float64),
             unpaired=torch.tensor([multiplicity - 1], dtype=torch.float64),
         )

@@ -22,6 +22,7 @@ __all__ = [
     "charge_and_multiplicity",
     "check_structure",
     "geometry",
+    "has_volume",
     "hold_out",
     "multiplicity_is_possible",
     "read_structures",
@@ -117,6 +118,11 @@ def check_structure(atoms: Atoms, name: str | None = None) -> None:
             f"atoms {i} and {j} of {name} are {distance:.3f} Å apart: "
             f"they overlap (limit {MIN_DISTANCE} Å). Correct the structure."
         )
+
+
+def has_volume(atoms: Atoms) -> bool:
+    """Tell whether a structure is periodic and its cell spans a volume, which a stress needs."""
+    return bool(atoms.pbc.any()) and bool(atoms.cell.rank == 3)
 
 
 def warn_of_unseen_electrons(atoms: Atoms, seen: set[tuple[int, int]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,9 @@ _RESOURCES: dict[TaskKind, str] = {"label": "LABEL", "model": "MODEL"}
 
 #: Errors that would come again: a task that raises one is not tried again.
 _FINAL = (ConfigError, StructureError, MissingLabelError, LabelConflictError)
+
+#: How often to look for workers while tasks run.
+LOOK_EVERY_S = 0.25
 
 #: How long a scheduler may take to answer.
 CONNECT_TIMEOUT_S = 30.0
@@ -109,6 +113,7 @@ class Executor:
         source = iter(items)
         running: dict[Future[Any], Item] = {}
         completed = as_completed([], loop=self.client.loop)
+        last_fill = -math.inf
 
         def submit() -> bool:
             for item in source:
@@ -125,7 +130,12 @@ class Executor:
             return False
 
         def fill() -> None:
-            # Workers may come while others work: a queue gives them one by one.
+            # Workers may come while others work: a queue gives them one by one. To ask for them
+            # after every task would be dear in a large cluster.
+            nonlocal last_fill
+            if time.monotonic() - last_fill < LOOK_EVERY_S:
+                return
+            last_fill = time.monotonic()
             while len(running) < 2 * self.n_workers(kind) and submit():
                 pass
 
@@ -134,6 +144,7 @@ class Executor:
             while running:
                 future = self._next(completed, resources, fill, on_wait)
                 item = running.pop(future)
+                submit()
                 fill()
                 yield item, _outcome(future)
                 future.release()
@@ -172,7 +183,7 @@ class Executor:
         while not completed.has_ready():
             time.sleep(0.05)
             now = time.monotonic()
-            if now - last_look < 0.25:
+            if now - last_look < LOOK_EVERY_S:
                 continue
             last_look = now
             fill()

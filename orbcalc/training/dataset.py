@@ -26,7 +26,7 @@ from orbcalc.properties import (
     XTB_FORCES,
     XTB_SHELLS,
 )
-from orbcalc.structures import check_structure
+from orbcalc.structures import check_structure, has_volume
 
 __all__ = ["LabelDataset", "Targets", "shells_of_elements"]
 
@@ -68,10 +68,9 @@ class Targets:
             If a label has the wrong shape or is infinite.
         """
         n_atoms = len(atoms)
-        has_volume = bool(atoms.pbc.any()) and atoms.cell.rank == 3
         stress = _read(atoms, REF_STRESS, atoms.info, (6,), (3, 3))
         full = voigt_6_to_full_3x3_stress(stress) if stress.shape == (6,) else stress
-        if not has_volume:  # a molecule may well come with zeros
+        if not has_volume(atoms):  # a molecule may well come with zeros
             full = np.full((3, 3), np.nan)
         return cls(
             energy=torch.from_numpy(_read(atoms, REF_ENERGY, atoms.info, ())).reshape(1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -149,13 +150,23 @@ def test_a_run_without_workers_says_so(executor: Executor) -> None:
         list(impatient.map(square, [1], "label"))
 
 
-def test_workers_that_come_later_are_used() -> None:
+@contextmanager
+def plain_client(n_workers: int, threads: int = 1) -> Iterator[Client]:
+    """Open a cluster in this process whose workers offer no resources."""
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+            n_workers=n_workers,
+            threads_per_worker=threads,
+            processes=False,
+            dashboard_address=None,
         ) as cluster,
         Client(cluster, set_as_default=False) as plain,
     ):
+        yield plain
+
+
+def test_workers_that_come_later_are_used() -> None:
+    with plain_client(1) as plain:
         at_once: list[int] = []
         drawn = 0
 
@@ -168,7 +179,7 @@ def test_workers_that_come_later_are_used() -> None:
         for number, _ in enumerate(Executor(plain).map(nap, source(), "label")):
             at_once.append(drawn - number)
             if number == 3:
-                cluster.scale(4)
+                plain.cluster.scale(4)
                 plain.wait_for_workers(4)
         assert max(at_once[:3]) <= 3
         assert max(at_once) >= 8
@@ -176,8 +187,7 @@ def test_workers_that_come_later_are_used() -> None:
 
 def test_no_worker_at_all_is_told() -> None:
     with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
-        Client(cluster, set_as_default=False) as plain,
+        plain_client(0) as plain,
         pytest.raises(WorkersLostError, match="no Dask worker that offers LABEL for 0 s"),
     ):
         list(Executor(plain, worker_timeout_s=0.3).map(square, [1], "label"))
@@ -198,12 +208,7 @@ def test_labels_whose_worker_dies_again_and_again_are_failures(
 
 
 def test_a_cluster_without_resources_is_used_as_it_is() -> None:
-    with (
-        LocalCluster(
-            n_workers=1, threads_per_worker=3, processes=False, dashboard_address=None
-        ) as cluster,
-        Client(cluster, set_as_default=False) as plain,
-    ):
+    with plain_client(1, threads=3) as plain:
         executor = Executor(plain)
         assert (executor.n_workers("label"), executor.n_workers("model")) == (3, 3)
         assert dict(executor.map(square, [3], "model")) == {3: 9}
