@@ -152,6 +152,20 @@ class FussyCalculator(Calculator):
         }
 
 
+class WhileThereIs(FussyCalculator):
+    """Works while a file is there."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def calculate(self, atoms: Any = None, properties: Any = None, changes: Any = None) -> None:
+        """Compute, or fail."""
+        if not os.path.exists(self.path):
+            raise CalculationFailed("no licence")
+        super().calculate(atoms, properties, changes)
+
+
 class NeverMade(Calculator):
     """A calculator whose arguments are wrong."""
 

@@ -47,8 +47,8 @@ _FINAL = (ConfigError, StructureError, MissingLabelError, LabelConflictError)
 #: How often to look for workers while tasks run.
 LOOK_EVERY_S = 0.25
 
-#: How long a scheduler may take to answer.
-CONNECT_TIMEOUT_S = 30.0
+#: How long a scheduler may take to answer, and how often it is asked.
+CONNECT_TIMEOUT_S, CONNECT_ATTEMPTS = 30.0, 3
 
 #: When to look whether a worker that died is back: a little after SpecCluster gave it up.
 REPLACE_AFTER_S = 16.0
@@ -230,11 +230,7 @@ def open_executor(
         yield Executor(client, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
         return
     if config.address is not None:
-        try:
-            remote = Client(config.address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"no Dask scheduler answers at {config.address}: {error}") from error
-        with remote:
+        with _connect(config.address) as remote:
             yield Executor(remote, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
         return
     with (
@@ -242,6 +238,20 @@ def open_executor(
         Client(cluster, set_as_default=False) as local,
     ):
         yield Executor(local, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
+
+
+def _connect(address: str) -> Client:
+    error: Exception | None = None
+    for _ in range(CONNECT_ATTEMPTS):
+        try:
+            return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+        except AssertionError as failed:  # of the client: a worker came while they shook hands
+            error = failed
+            time.sleep(1.0)
+        except (OSError, ValueError) as failed:
+            error = failed
+            break
+    raise ConfigError(f"no Dask scheduler answers at {address}: {error!r}") from error
 
 
 class _LocalWorkers(SpecCluster):

@@ -107,6 +107,7 @@ def label_into_store(
     store: LabelStore,
     *,
     kinds: tuple[Kind, ...] | None = None,
+    retry_failed: bool = False,
     progress: Progress | None = None,
     on_wait: Callable[[], None] | None = None,
 ) -> Counter[str]:
@@ -119,9 +120,11 @@ def label_into_store(
     structures, config
         What to label, and how.
     store
-        Failures in it count as done: delete the row to try again.
+        Where labels are kept.
     kinds
         By default those of the configuration.
+    retry_failed
+        Try again what failed before; otherwise failures in the store count as done.
     progress, on_wait
         Called as labels arrive, and while none does.
 
@@ -139,7 +142,7 @@ def label_into_store(
     if "reference" in kinds and config.reference.calculator == "file":
         check_file_labels(structures, config)
         _refuse_changed_labels(structures, config, store)
-    groups = _missing(structures, kinds, config, store)
+    groups = _missing(structures, kinds, config, store, retry_failed)
     n_missing, done = sum(len(group) for group in groups.values()), 0
     statuses: Counter[str] = Counter()
     for needed, group in groups.items():
@@ -159,13 +162,23 @@ def label_into_store(
 
 
 def _missing(
-    structures: Sequence[Atoms], kinds: tuple[Kind, ...], config: LabelConfig, store: LabelStore
+    structures: Sequence[Atoms],
+    kinds: tuple[Kind, ...],
+    config: LabelConfig,
+    store: LabelStore,
+    retry_failed: bool,
 ) -> dict[tuple[Kind, ...], list[Atoms]]:
     """Group structures by the labels that they lack, or that lack what is asked for now."""
     unique = {structure_key(atoms): atoms for atoms in structures}
     groups: dict[tuple[Kind, ...], list[Atoms]] = {}
     for key, atoms in unique.items():
-        if needed := tuple(kind for kind in kinds if _is_missing(key, atoms, kind, config, store)):
+        needed = tuple(
+            kind
+            for kind in kinds
+            if (retry_failed and store.has_failed(key, kind))
+            or _is_missing(key, atoms, kind, config, store)
+        )
+        if needed:
             groups.setdefault(needed, []).append(atoms)
     return groups
 

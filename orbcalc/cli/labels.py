@@ -39,6 +39,9 @@ def label(
     forces: Annotated[bool, typer.Option(help="Reference forces.")] = True,
     stress: Annotated[bool, typer.Option(help="Reference stress.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one label may take.")] = 600.0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try labels again that failed before.")
+    ] = False,
     dask: Dask = None,
 ) -> None:
     """Label structures: GFN1-xTB orbital charges, reference energies and forces."""
@@ -81,6 +84,7 @@ def label(
             config,
             labels,
             kinds=kinds,
+            retry_failed=retry_failed,
             progress=progress,
         )
     keys = list(dict.fromkeys(structure_key(atoms) for atoms in atoms_list))
@@ -90,7 +94,9 @@ def label(
     output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")
     if failed:
         failures = Text(f"{failed} labels failed, now or before", "yellow")
-        console.print(failures + f": see {labels.path}; never trained on, and not tried again")
+        console.print(
+            failures + f": see {labels.path}; never trained on, and tried again with --retry-failed"
+        )
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from orbcalc.config import PotentialConfig, parse_config
@@ -20,6 +21,18 @@ __all__ = ["electrons_seen", "load_model", "potential_content", "potential_from"
 
 _KIND, _VERSION = "model", 2
 _UNITS = {"energy": "eV", "length": "Å", "charge": "e", "stress": "eV/Å³"}
+
+
+class _TrainingSet(BaseModel):
+    electrons: list[tuple[int, int]] = []
+
+
+class _Metadata(BaseModel):
+    """What is read of the metadata; there may be more."""
+
+    labels: dict[str, str] = {}
+    training_set: _TrainingSet = _TrainingSet()
+    valid_errors: dict[str, float] = {}
 
 
 def save_model(
@@ -77,6 +90,7 @@ def load_model(
             load_weights(potential, weights)
             members.append(potential.to(device).requires_grad_(False).eval())
         committee = Committee(members, Calibration(**content["calibration"]))
+        _Metadata.model_validate(content["metadata"])
         return committee, content["metadata"]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
         if isinstance(e, CheckpointError):
@@ -86,7 +100,7 @@ def load_model(
 
 def electrons_seen(metadata: Mapping[str, Any]) -> set[tuple[int, int]]:
     """Return charge and multiplicity of the training structures, as far as a file says them."""
-    return {(q, m) for q, m in (metadata.get("training_set") or {}).get("electrons", ())}
+    return set(_Metadata.model_validate(metadata).training_set.electrons)
 
 
 def potential_content(potential: Potential) -> dict[str, Any]:

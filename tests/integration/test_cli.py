@@ -230,8 +230,10 @@ def test_what_a_calculator_cannot_do_is_recorded_and_told(
     calculator = "small_runs:FussyCalculator"
     found = label(cli, client, path, "--reference", calculator, "--no-charges", "-o", "o.extxyz")
     assert found.code == 0
-    failures = "2 labels failed, now or before: see o.db; never trained on, and not tried again"
-    assert failures in found.err
+    assert (
+        "2 labels failed, now or before: see o.db; never trained on, and tried again with "
+        "--retry-failed" in found.err
+    )
     labelled = ase.io.read("o.extxyz", ":")
     assert [REF_ENERGY in atoms.info for atoms in labelled] == [False, False, True, True]
     store = LabelStore("o.db")
@@ -239,6 +241,21 @@ def test_what_a_calculator_cannot_do_is_recorded_and_told(
     assert failure is not None
     assert failure.status is LabelStatus.failed
     assert "no convergence [in 3 cycles] /tmp/log" in failure.message
+
+
+def test_failed_labels_are_tried_again_when_asked(cli: Cli, client: Client, here: Path) -> None:
+    path, licence = write_pool(here / "x.extxyz", waters(2)), here / "licence"
+    options = (
+        *(path, "-o", "o.extxyz", "--no-charges", "--reference", "small_runs:WhileThereIs"),
+        *("--arguments", json.dumps({"path": str(licence)})),
+    )
+    assert "2 labels failed" in label(cli, client, *options).err
+    licence.touch()
+    assert "2 labels failed" in label(cli, client, *options).err
+    found = label(cli, client, *options, "--retry-failed")
+    assert found.code == 0
+    assert "failed" not in found.err
+    assert all(REF_ENERGY in atoms.info for atoms in ase.io.iread("o.extxyz"))
 
 
 @pytest.mark.parametrize(

@@ -221,13 +221,35 @@ def test_a_given_client_is_left_open(client: Client) -> None:
     assert client.status == "running"
 
 
-@pytest.mark.usefixtures("executor")  # a client that connects while workers come back may fail
 def test_an_address_opens_the_scheduler_there(client: Client) -> None:
     with open_executor(DaskConfig(address=client.scheduler.address)) as opened:
         assert opened.client is not client
         assert dict(opened.map(square, [4], "label")) == {4: 16}
     assert opened.client.status == "closed"
     assert client.status == "running"
+
+
+@pytest.mark.parametrize("n_failures", [2, 3])
+def test_a_handshake_that_fails_is_tried_again(
+    client: Client, monkeypatch: pytest.MonkeyPatch, n_failures: int
+) -> None:
+    attempts = 0
+
+    def shake_hands(*arguments: object, **options: object) -> Client:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= n_failures:
+            raise AssertionError
+        return Client(*arguments, **options)
+
+    monkeypatch.setattr(executor_module, "Client", shake_hands)
+    address = DaskConfig(address=client.scheduler.address)
+    if n_failures < executor_module.CONNECT_ATTEMPTS:
+        with open_executor(address) as opened:
+            assert dict(opened.map(square, [4], "label")) == {4: 16}
+    else:
+        with pytest.raises(ConfigError, match="no Dask scheduler answers"), open_executor(address):
+            pass
 
 
 @pytest.mark.parametrize("visible", ["", "0,1"])

@@ -349,6 +349,12 @@ CONTRADICTIONS = {
     "wider messages": (set_config("message_channels", 512), "its configuration says"),
     "more layers": (set_config("layers", 4), "contradicts itself"),
     "no members": (lambda content: content.update(members=[]), "at least one potential"),
+    "metadata of words": (lambda content: content.update(metadata="words"), "contradicts itself"),
+    "electrons of words": (
+        lambda content: content.update(metadata={"training_set": {"electrons": [["a", 1]]}}),
+        "electrons",
+    ),
+    "labels of numbers": (lambda content: content.update(metadata={"labels": 3}), "labels"),
     "no calibration": (lambda content: content.pop("calibration"), "calibration"),
 }
 
