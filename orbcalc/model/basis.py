@@ -18,17 +18,13 @@ __all__ = ["SphericalHarmonics", "bessel_basis", "polynomial_cutoff"]
 def bessel_basis(
     distances: Float[Tensor, " n_edges"], cutoff: float, n_functions: int
 ) -> Float[Tensor, "n_functions n_edges"]:
-    """Evaluate ``c sin(n pi x) / (n x)``, x = r / rc, for n = 1, 2, ... (2003.03123, eq. 7).
+    """Evaluate ``sin(n pi x) / (sqrt(2) x)``, x = r / rc, for n = 1, 2, ... (2003.03123, eq. 7).
 
-    Distances in Å, not zero. The factors, free in the source, are a prior for smooth functions:
-    all slopes are alike, so that what varies fast must be learned against the odds. They leave the
-    mean square of all functions what 1 / sqrt(2) for each would make it: typical values are of
-    order one.
+    Distances in Å, not zero. The factor, free in the source, makes typical values of order one.
     """
     n = torch.arange(1, n_functions + 1, dtype=distances.dtype, device=distances.device)
-    sizes = math.sqrt(0.5) / (n * n.pow(-2).mean().sqrt())
     x = distances / cutoff
-    return sizes[:, None] * torch.sin(math.pi * n[:, None] * x) / x
+    return torch.sin(math.pi * n[:, None] * x) / (math.sqrt(2.0) * x)
 
 
 def polynomial_cutoff(

@@ -310,8 +310,8 @@ def test_energy_is_conserved(single):
         dynamics.run(1)
         energies.append(atoms.get_total_energy())
         kinetic.append(atoms.get_kinetic_energy())
-    assert np.ptp(kinetic) > 0.002
-    assert np.ptp(energies) < 0.01 * np.ptp(kinetic)
+    assert np.ptp(kinetic) > 0.05
+    assert np.ptp(energies) < 0.05 * np.ptp(kinetic)
 
 
 def test_a_relaxation_lowers_the_energy(single):
@@ -371,10 +371,7 @@ def test_float32_is_the_default_and_close(model_file):
     exact = attached(structures.ethanol(), model_file, dtype="float64")
     fast = attached(structures.ethanol(), str(model_file))
     assert fast.calc.model.first.dtype == torch.float32
-    energy, model = exact.get_potential_energy(), exact.calc.model.first
-    lone = float(model.reference_energies[model.element_index[exact.numbers]].sum())
-    # What the network adds is in float32.
-    assert fast.get_potential_energy() == pytest.approx(energy, abs=1e-5 * abs(energy - lone))
+    assert fast.get_potential_energy() == pytest.approx(exact.get_potential_energy(), abs=1e-3)
     np.testing.assert_allclose(
         fast.get_forces(), exact.get_forces(), atol=1e-4 * np.abs(exact.get_forces()).max()
     )

@@ -136,7 +136,7 @@ def test_the_file_says_what_it_is(good_file):
     members = members_of(good_file)
     manifest, content = json.loads(members[MEMBERS[0]]), json.loads(members[MEMBERS[1]])
     assert manifest["format"] == "orbcalc model"
-    assert manifest["format_version"] == 3
+    assert manifest["format_version"] == 2
     assert content["units"]["energy"] == "eV"
     assert content["members"][0]["elements"] == [1, 6, 7, 8, 9, 11, 16, 17, 26]
     assert content["members"][0]["config"]["cutoff"] == 4.0
@@ -287,11 +287,11 @@ def test_contents_that_are_not(good_file, tmp_path, text):
 
 
 def newer(manifest):
-    manifest["format_version"] = 4
+    manifest["format_version"] = 3
 
 
 def version_of_another_type(manifest):
-    manifest["format_version"] = "3"
+    manifest["format_version"] = "2"
 
 
 def other_format(manifest):
@@ -301,8 +301,8 @@ def other_format(manifest):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, r"has format version 4, this orbcalc reads 3\. Update orbcalc"),
-        (version_of_another_type, "has format version '3'"),
+        (newer, r"has format version 3, this orbcalc reads 2\. Update orbcalc"),
+        (version_of_another_type, "has format version '2'"),
         (other_format, "is of format 'orbcalc training state', expected 'orbcalc model'"),
     ],
 )

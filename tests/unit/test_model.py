@@ -52,8 +52,7 @@ def test_bessel_functions_are_a_formula_and_vanish_at_the_cutoff():
     distances = torch.tensor([0.5, 1.7, 4.0], dtype=torch.float64)
     found = bessel_basis(distances, 4.0, 3)
     for n in (1, 2, 3):
-        size = math.sqrt(0.5 / ((1 + 1 / 4 + 1 / 9) / 3))
-        expected = size * torch.sin(n * math.pi * distances / 4.0) / (n * distances / 4.0)
+        expected = torch.sin(n * math.pi * distances / 4.0) / (math.sqrt(2) * distances / 4.0)
         torch.testing.assert_close(found[n - 1], expected)
     assert found[:, 2].abs().max() < 1e-14
 
