@@ -241,17 +241,17 @@ def open_executor(
 
 
 def _connect(address: str) -> Client:
-    error: Exception | None = None
-    for _ in range(CONNECT_ATTEMPTS):
+    for attempt in range(CONNECT_ATTEMPTS):
+        time.sleep(min(attempt, 1))
         try:
             return Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
-        except AssertionError as failed:  # of the client: a worker came while they shook hands
-            error = failed
-            time.sleep(1.0)
-        except (OSError, ValueError) as failed:
-            error = failed
-            break
-    raise ConfigError(f"no Dask scheduler answers at {address}: {error!r}") from error
+        except AssertionError as error:  # of the client: a worker came while they shook hands
+            logger.warning("connecting to %s failed: %r", address, error)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no Dask scheduler answers at {address}: {error}") from error
+    raise ConfigError(
+        f"no Dask scheduler answers at {address}: connecting failed {CONNECT_ATTEMPTS} times"
+    )
 
 
 class _LocalWorkers(SpecCluster):

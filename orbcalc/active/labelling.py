@@ -173,21 +173,25 @@ def _missing(
     groups: dict[tuple[Kind, ...], list[Atoms]] = {}
     for key, atoms in unique.items():
         needed = tuple(
-            kind
-            for kind in kinds
-            if (retry_failed and store.has_failed(key, kind))
-            or _is_missing(key, atoms, kind, config, store)
+            kind for kind in kinds if _is_missing(key, atoms, kind, config, store, retry_failed)
         )
         if needed:
             groups.setdefault(needed, []).append(atoms)
     return groups
 
 
-def _is_missing(key: str, atoms: Atoms, kind: Kind, config: LabelConfig, store: LabelStore) -> bool:
+def _is_missing(
+    key: str,
+    atoms: Atoms,
+    kind: Kind,
+    config: LabelConfig,
+    store: LabelStore,
+    retry_failed: bool,
+) -> bool:
     status = store.status(key, kind)
-    if kind == "charges" or status != LabelStatus.ok:
-        return status is None
-    return not store.has(key, kind, wanted_quantities(atoms, config))
+    if status != LabelStatus.ok:
+        return status is None or retry_failed
+    return kind != "charges" and not store.has(key, kind, wanted_quantities(atoms, config))
 
 
 def _refuse_changed_labels(

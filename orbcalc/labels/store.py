@@ -226,10 +226,6 @@ class LabelStore:
         state = self._state(key, kind)
         return state is not None and state.status == LabelStatus.ok and state.values >= set(values)
 
-    def has_failed(self, key: str, kind: Kind) -> bool:
-        """Tell whether the label of a structure was tried and failed."""
-        return self.status(key, kind) not in (None, LabelStatus.ok)
-
     def keys(self, kind: Kind | None = None, status: LabelStatus | None = None) -> list[str]:
         """Return the keys of all structures in the order they were added.
 
