@@ -132,21 +132,31 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; `closure` is not used."""
+        """Update all parameters that have a gradient; `closure` is not used.
+
+        A matrix whose gradient is zero stays as it is: a batch said nothing about it (no ions for
+        the weights of the charge, no charge labels for their head), and a step along its old mean
+        would be as large as any.
+        """
         for group in self.param_groups:
-            means: dict[torch.Size, dict[nn.Parameter, Tensor]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
                     shape = weight.shape[-2:]
+                    matrices = weight.detach().view(-1, *shape)
+                    gradient = weight.grad.reshape(-1, *shape)
                     mean = self._momentum(weight).reshape(-1, *shape)
-                    means.setdefault(shape, {})[weight] = mean
-            for (n, m), own in means.items():
+                    shapes.setdefault(shape, []).append((matrices, gradient, mean))
+            for (n, m), own in shapes.items():
                 size = math.sqrt(m / n if group["inputs_first"] else n / m)
-                steps = orthogonalized(torch.cat([*own.values()]))
-                counts = [len(mean) for mean in own.values()]
-                for weight, step in zip(own, steps.split(counts), strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(step.view_as(weight), alpha=-group["lr"] * size)
+                weights, gradients, means = zip(*own, strict=True)
+                told = (torch.cat(gradients) != 0).any(-1).any(-1)
+                rates = group["lr"] * told[:, None, None]
+                steps = size * rates * orthogonalized(torch.cat(means))
+                counts = [len(mean) for mean in means]
+                moves = zip(weights, steps.split(counts), rates.split(counts), strict=True)
+                for matrices, step, rate in moves:
+                    matrices.mul_(1 - group["weight_decay"] * rate).sub_(step)
 
     def _momentum(self, weight: nn.Parameter) -> Tensor:
         """Return the mean gradient, as it will be after one more like the last (Nesterov)."""
@@ -166,7 +176,9 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     a, b, c = _QUINTIC
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     found: Tensor = matrices.mT if is_tall else matrices
-    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+    largest = found.abs().amax((-2, -1), keepdim=True)  # or squares of small numbers vanish
+    found = found / torch.where(largest > 0, largest, 1.0)
+    found = found / found.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
     for _ in range(_ITERATIONS):
         gram = found @ found.mT
         found = a * found + torch.baddbmm(b * gram, gram, gram, alpha=c) @ found

@@ -34,7 +34,25 @@ def test_zero_stays_zero_and_size_does_not_matter() -> None:
     matrix = random(1, 6, 9)
     zero = orthogonalized(torch.zeros(1, 6, 9))
     assert torch.equal(zero, torch.zeros(1, 6, 9))
-    torch.testing.assert_close(orthogonalized(1e-12 * matrix), orthogonalized(matrix))
+    for size in (1e-12, 1e-30, 1e30):
+        found = orthogonalized((size * matrix).float()).double()
+        torch.testing.assert_close(found, orthogonalized(matrix), atol=1e-5, rtol=0)
+
+
+def test_what_a_batch_says_nothing_about_stays() -> None:
+    rare, other = (nn.Parameter(random(2, 8, 8, seed=s).float()) for s in (0, 1))
+    muon = Muon({False: [rare, other]}, weight_decay=0.1)
+    muon.param_groups[0]["lr"] = 0.1
+    for step in range(1200):  # float32 has no number as small as the mean gradient in the end
+        other.grad = random(2, 8, 8, seed=step).float()
+        rare.grad = torch.zeros_like(rare)
+        if step in (0, 1199):
+            rare.grad[0] = other.grad[0]
+        before = rare.detach().clone()
+        muon.step()
+        moved = (rare - before).flatten(1).any(1).tolist()
+        assert moved == [step in (0, 1199), False]
+    assert torch.isfinite(rare).all()
 
 
 def test_the_step_is_that_of_pytorch() -> None:
