@@ -19,11 +19,14 @@ by accident (a lost worker) do no harm: they turn hits of the sample into misses
 never falls as k grows. The bound concerns the model that was looked at: release that one, not
 one trained later.
 
-Losses in [0, 1] are counted in the same way: 0 for what is labelled, 1 for what failed. If they
-add up to L over I and to l over the sample, then an upper bound U on L gives
-``mean loss of the output <= (n_failed + f + U - l) / N``. A loss is an error clipped at the
-tolerance, in units of it, so that every hit is also told *how* near it is, and the share of the
-pool for which clipping hides something is bounded by the hits.
+Losses in [0, 1] are counted in a like way: 0 for what is labelled, 1 for what failed. If they
+add up to L over I and to l over those structures of the sample whose label did not fail, then an
+upper bound U on L gives ``mean loss of the output <= (n_failed + f + U - l) / N``. A label that
+failed is bet on as a loss of 1, which makes U no smaller than the loss that it hides would; but
+that loss is not known, and what is not known must not be taken from U (U - l may fall as l
+grows). So a label that fails by accident does no harm, and one that always fails counts twice.
+A loss is an error clipped at the tolerance, in units of it, so that every hit is also told *how*
+near it is, and the share of the pool for which clipping hides something is bounded by the hits.
 """
 
 from __future__ import annotations
@@ -352,7 +355,8 @@ def _loss_bound(counts: PoolCounts, sample: _Sample, level: float) -> float | No
         return None
     if len(sample.losses) != sample.size:
         raise ConfigError(f"{len(sample.losses)} losses for a sample of {sample.size}")
-    n_inference, seen = counts.n_inference, math.fsum(sample.losses)
+    n_inference = counts.n_inference
+    seen = math.fsum(sample.losses) - sample.failed  # of these only that they failed is known
     bound = n_inference * float(max_mean(np.array(sample.losses), n_inference, level))
     left = min(max(bound - seen, 0.0), float(n_inference - sample.size))
     bound = (counts.n_failed + sample.failed + left) / counts.n_pool
