@@ -30,6 +30,7 @@ from orbcalc.active.looks import (
 from orbcalc.active.selection import as_count
 from orbcalc.errors import ConfigError
 from orbcalc.files import replace_file
+from orbcalc.rounding import at_most
 
 __all__ = [
     "Certificate",
@@ -159,7 +160,7 @@ class Certificate:
             return ""
         return (
             f"and the mean over the pool of the absolute error, clipped at {self.tolerance:g}, is "
-            f"at most {bound * self.tolerance:.3g} ({self.mean_error:g} was asked for), "
+            f"at most {at_most(bound * self.tolerance)} ({self.mean_error:g} was asked for), "
         )
 
     def to_json(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from orbcalc.cli.console import console
+from orbcalc.rounding import at_least
 
 if TYPE_CHECKING:
     from orbcalc.labels.label import Label
@@ -110,7 +111,7 @@ def event_in_words(record: Mapping[str, Any]) -> str:
         error = "no prediction" if mean is None else f"MAE {1000 * mean:.2f} m{unit}"
         return (
             f"{where}audit of {record['audit']}: {record['misses']} misses, {error}, accuracy of "
-            f"the pool at least {record['accuracy_bound']:.3f}"
+            f"the pool at least {at_least(record['accuracy_bound'], 3)}"
         )
     if event == "round":
         return f"{where}done, {record['labelled']} of {record['pool']} labelled"

@@ -36,6 +36,7 @@ from orbcalc.report.style import (
     style_axes,
     text_style,
 )
+from orbcalc.rounding import at_least
 
 __all__ = ["audit_ratios", "certificate", "costs", "learning", "parity", "uncertainty"]
 
@@ -122,9 +123,10 @@ def certificate(run: RunFacts) -> Figure | None:
     )  # fmt: skip
     numbers, bounds = zip(*((k.number, 100 * k.accuracy_bound) for k in looks), strict=True)
     axes.plot(numbers, bounds, color=BLUE, marker="s", lw=1.8, label="proved lower bound")
-    for number, bound in zip(numbers, bounds, strict=True):
+    for look, bound in zip(looks, bounds, strict=True):
         axes.annotate(
-            f"{bound:.1f}", (number, bound), (0, -14), textcoords="offset points",
+            at_least(look.accuracy_bound, 1, percent=True),
+            (look.number, bound), (0, -14), textcoords="offset points",
             ha="center", **text_style(color=BLUE),
         )  # fmt: skip
     style_axes(axes)

@@ -22,6 +22,7 @@ from orbcalc.files import replace_file
 from orbcalc.report import figures
 from orbcalc.report.facts import RoundFacts, RunFacts
 from orbcalc.report.style import png, svg
+from orbcalc.rounding import at_least, at_most
 
 __all__ = ["draw_figures", "render"]
 
@@ -255,7 +256,9 @@ def _row(facts: RoundFacts, run: RunFacts) -> dict[str, str]:
         "mae": _milli(sample.mae if sample else None),
         "batch_mae": _milli(acquired),
         "inside": "–" if share is None else f"{100 * share:.0f}",
-        "bound": "–" if facts.look is None else f"{100 * facts.look.accuracy_bound:.1f}",
+        "bound": "–"
+        if facts.look is None
+        else at_least(facts.look.accuracy_bound, 1, percent=True),
         "valid_energy": _milli(facts.valid_errors.get("energy_mae")),
         "valid_forces": _milli(facts.valid_errors.get("forces_mae")),
         "state": "" if facts.finished or run.ended_in(facts.number) else "open",
@@ -322,7 +325,7 @@ def _mean_error(run: RunFacts) -> str:
     proved = certificate.looks[-1].loss_bound if certificate and certificate.looks else None
     if proved is None:
         return asked
-    return f"{asked}, {1000 * proved * options.tolerance:.3g} m{quantity.unit} proved"
+    return f"{asked}, {at_most(1000 * proved * options.tolerance)} m{quantity.unit} proved"
 
 
 def _provenance(run: RunFacts) -> dict[str, str]:
