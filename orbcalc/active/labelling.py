@@ -21,7 +21,7 @@ from orbcalc.labels.compute import label_kinds, label_provenance
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.process import WorkerProcess, label_structures
 from orbcalc.labels.reference import check_file_labels, file_value, wanted_quantities
-from orbcalc.labels.store import LabelStore
+from orbcalc.labels.store import LABEL_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def label(
     Returns
     -------
     list of Atoms
-        Copies, in the given order. What failed has no label; ``info["reference_status"]`` and
-        ``info["charges_status"]`` say how each ended.
+        Copies, in the given order, with these labels and no others. What failed has none;
+        ``info["reference_status"]`` and ``info["charges_status"]`` say how each ended.
 
     Raises
     ------
@@ -84,20 +84,28 @@ def label(
     """
     config = reference if isinstance(reference, LabelConfig) else _config(reference)
     for number, atoms in enumerate(structures):
-        check_structure(atoms, f"structure {number} ({atoms.get_chemical_formula()})")
+        check_structure(atoms, f"structure {number}")
     folder = nullcontext(None) if store is not None else TemporaryDirectory()
     with folder as path, open_executor(DaskConfig(model_workers=1), client=client) as executor:
         labels = LabelStore(store if store is not None else Path(str(path)) / "labels.db")
         label_into_store(executor, structures, config, labels, progress=progress)
         keys = [structure_key(atoms) for atoms in structures]
-        labelled = {
-            key: atoms for key, atoms in zip(keys, labels.labelled_atoms(keys), strict=True)
-        }
-        result = [labelled[key].copy() for key in keys]
+        stored = labels.labelled_atoms(keys)
+        result = [_relabelled(*pair) for pair in zip(structures, stored, strict=True)]
         for key, atoms in zip(keys, result, strict=True):
             for kind in label_kinds(config):
                 atoms.info[f"{kind}_status"] = str(labels.status(key, kind) or "missing")
     return result
+
+
+def _relabelled(atoms: Atoms, stored: Atoms) -> Atoms:
+    """Return a copy of a structure with the labels of a stored one in the place of its own."""
+    copy: Atoms = atoms.copy()
+    for own, found in ((copy.info, stored.info), (copy.arrays, stored.arrays)):
+        for name in LABEL_KEYS & own.keys():
+            del own[name]
+        own.update({name: found[name] for name in LABEL_KEYS & found.keys()})
+    return copy
 
 
 def label_into_store(

@@ -36,7 +36,14 @@ from orbcalc.properties import (
 )
 from orbcalc.structures import read_structures, structure_key
 
-__all__ = ["STRUCTURE_KEY", "SUFFIXES", "LabelStore", "is_label_store", "read_sources"]
+__all__ = [
+    "LABEL_KEYS",
+    "STRUCTURE_KEY",
+    "SUFFIXES",
+    "LabelStore",
+    "is_label_store",
+    "read_sources",
+]
 
 #: Key of ``atoms.info``, and of the database, with the name of a structure.
 STRUCTURE_KEY = "structure_key"
@@ -57,7 +64,8 @@ FILE_KEYS: dict[tuple[Kind, str], tuple[bool, str]] = {
     ("charges", "shells"): (True, XTB_SHELLS),
 }
 METHOD_KEYS: dict[Kind, str] = {"reference": REF_METHOD, "charges": XTB_METHOD}
-INFO_NOT_KEPT = {*METHOD_KEYS.values(), STRUCTURE_KEY, *(key for _, key in FILE_KEYS.values())}
+#: All that this module writes into an Atoms object.
+LABEL_KEYS = {*METHOD_KEYS.values(), STRUCTURE_KEY, *(key for _, key in FILE_KEYS.values())}
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,18 @@ class _State:
     wall_time_s: float
 
     @classmethod
-    def of(cls, label: Label) -> _State:
-        return cls(label.status, frozenset(label.values), label.wall_time_s)
+    def after(cls, old: _State | None, label: Label) -> _State:
+        """Return what is known when a label has come.
 
-    def gives_way_to(self, other: _State) -> bool:
-        """Tell whether another label is worth more: ok before failure, more values before fewer.
-
-        A failure replaces a failure, so that the last one is seen.
+        An ok label stays unless a later one has values that it lacks: then all of these are taken
+        and its others kept. A failure is replaced, by another one too, so that the last is seen.
         """
-        if self.status == LabelStatus.ok:
-            return other.status == LabelStatus.ok and self.values < other.values
-        return True
+        if old is None or old.status != LabelStatus.ok:
+            return cls(label.status, frozenset(label.values), label.wall_time_s)
+        values = old.values.union(label.values)
+        if label.status != LabelStatus.ok or values == old.values:
+            return old
+        return cls(old.status, values, old.wall_time_s + label.wall_time_s)
 
 
 @dataclass
@@ -127,9 +136,9 @@ class LabelStore:
     def add_many(self, items: Iterable[tuple[Atoms, Sequence[Label]]]) -> None:
         """Add labels of many structures, in one transaction.
 
-        Adding again changes nothing. An ok label is kept, unless a later one has all its values
-        and more; a failure is kept until another label of that kind comes. Of ``atoms``, the
-        structure and the plain entries of ``info`` are kept.
+        Adding again changes nothing. An ok label is kept until one comes that has values which it
+        lacks; its others stay. A failure is kept until another label of that kind comes. Of
+        ``atoms``, the structure and the plain entries of ``info`` are kept.
 
         Raises
         ------
@@ -146,9 +155,9 @@ class LabelStore:
                 for atoms, labels in items:
                     key = structure_key(atoms)
                     known = staged.get(key) or self._rows.get(key)
-                    better = self._select(key, labels, known)
-                    if better:
-                        staged[key] = self._write(database, atoms, key, better, known)
+                    useful = self._select(key, labels, known)
+                    if useful:
+                        staged[key] = self._write(database, atoms, key, useful, known)
                         database.change_count = 0  # else ase.db commits after each 5000 rows
                 if staged:
                     self._metadata["revision"] += 1
@@ -159,17 +168,18 @@ class LabelStore:
         self._metadata = after
 
     def _select(self, key: str, labels: Sequence[Label], known: _Row | None) -> list[Label]:
-        """Check labels; return those that are better than what is there, the best of each kind."""
-        best: dict[Kind, _State] = dict(known.states) if known else {}
-        chosen: dict[Kind, Label] = {}
+        """Check labels; return those that change what is known, in their order."""
+        states: dict[Kind, _State] = dict(known.states) if known else {}
+        useful = []
         for label in labels:
             if label.key != key:
                 raise LabelError(f"a label of structure {label.key} was added to {key}")
             self._fix_provenance(label)
-            old, new = best.get(label.kind), _State.of(label)
-            if old is None or (new != old and old.gives_way_to(new)):
-                best[label.kind], chosen[label.kind] = new, label
-        return list(chosen.values())
+            old = states.get(label.kind)
+            states[label.kind] = _State.after(old, label)
+            if states[label.kind] != old:
+                useful.append(label)
+        return useful
 
     def _fix_provenance(self, label: Label) -> None:
         """Let the first label of a kind decide where labels of that kind come from."""
@@ -189,23 +199,25 @@ class LabelStore:
         if known is None:
             row = new_row(atoms, key)
             pairs: dict[str, Any] = {STRUCTURE_KEY: key}
-            data: dict[str, Any] = {"info": plain_info(atoms, INFO_NOT_KEPT)}
+            data: dict[str, Any] = {"info": plain_info(atoms, LABEL_KEYS)}
             states: dict[Kind, _State] = {}
         else:
             row = database.get(id=known.id)
             pairs, data, states = row.key_value_pairs, dict(row.data), dict(known.states)
         for label in labels:
-            state = states[label.kind] = _State.of(label)
+            old = states.get(label.kind)
+            state = states[label.kind] = _State.after(old, label)
             pairs[f"{label.kind}_status"] = state.status.value
             pairs[f"{label.kind}_values"] = " ".join(sorted(state.values)) or "none"
             pairs[f"{label.kind}_wall_s"] = state.wall_time_s
+            stored = data.get(label.kind, {}).get("values", {})
             data[label.kind] = {"message": label.message}
             if label.kind == "reference":
                 row.calculator, row.calculator_parameters = label.provenance.method.lower(), {}
                 for name, value in label.values.items():
                     row[name] = value
             else:
-                data[label.kind]["values"] = label.values
+                data[label.kind]["values"] = {**stored, **label.values}
         row_id = database.write(row, pairs, data, known.id if known else None)
         for element, shells in _element_shells(atoms, labels).items():
             self._metadata["shells"].setdefault(element, shells)

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import ase.db
 import numpy as np
@@ -139,6 +140,23 @@ def test_ok_labels_are_replaced_only_by_more(path):
     store.add(atoms, [reference(atoms, energy=-4.0)])
     assert store.get(key, "reference").values["energy"] == -3.0
     assert store.has(key, "reference", ["energy", "forces"])
+
+
+def test_values_that_differ_are_joined(path):
+    atoms = helium(0)
+    key, whole = structure_key(atoms), reference(atoms, forces=True)
+    with_stress = replace(whole, values={"energy": -5.0, "stress": np.arange(6.0)})
+    for labels in ([with_stress, whole], [whole, with_stress]):
+        store = LabelStore(path.with_name(f"{labels[0].values['energy']}{path.suffix}"))
+        for label in labels:
+            store.add(atoms, [label])
+        for view in (store, LabelStore(store.path)):
+            assert view.has(key, "reference", ["energy", "forces", "stress"])
+            found = view.get(key, "reference")
+            assert found.values["energy"] == labels[1].values["energy"]
+            np.testing.assert_array_equal(found.values["stress"], np.arange(6.0))
+            np.testing.assert_array_equal(found.values["forces"], whole.values["forces"])
+            assert found.wall_time_s == 1.0
 
 
 def test_lookups(path):
