@@ -30,7 +30,12 @@ from orbcalc.model.compiled import compiled
 from orbcalc.neighbors import SkinList
 from orbcalc.orbitals import SLOTS, shell_slots
 from orbcalc.properties import CHARGE_KEY, SPIN_KEY
-from orbcalc.structures import check_structure, warn_of_unseen_electrons
+from orbcalc.structures import (
+    as_atoms,
+    check_structure,
+    refuse_overlap,
+    warn_of_unseen_electrons,
+)
 from orbcalc.training.trainer import resolve_device
 
 __all__ = ["OrbcalcCalculator", "predict"]
@@ -94,7 +99,9 @@ class OrbcalcCalculator(Calculator):
     atom, tblite's AO order). ``energy_uncertainty`` (eV) and ``forces_uncertainty`` (n_atoms,
     eV/Å) are one calibrated standard deviation each: 68 % of the errors on structures like those
     of the training are smaller. 95 % of them are smaller than ``energy_interval_95`` and
-    ``forces_interval_95``, which may be more than twice as large: errors have heavy tails.
+    ``forces_interval_95``, which may be more than twice as large: errors have heavy tails. They do
+    not hold where bonds break that no training structure shows broken (docs/uncertainty.md).
+    Uncertainties of forces need force labels in the training.
     :func:`orbcalc.with_results` brings all of them into files. Total charge and multiplicity are
     read from ``atoms.info``; a warning tells of those that no training structure had.
 
@@ -145,6 +152,7 @@ class OrbcalcCalculator(Calculator):
             changes.append("info")
         return changes
 
+    @torch.inference_mode(False)  # forces are derivatives, wherever this is called from
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -199,9 +207,9 @@ class OrbcalcCalculator(Calculator):
     def _updated_graph(self, atoms: Atoms) -> AtomGraph:
         """Return the graph; while its neighbour list is valid only positions are new."""
         warn_of_unseen_electrons(atoms, self._electrons)
-        # Checked before each search, which a cell that is not finite would end the process in;
-        # between two of them atoms move less than the skin: time enough to notice an overlap.
+        # Checked before each search, which a cell that is not finite would end the process in.
         neighbors = self._skin_list.update(atoms, check_structure)
+        refuse_overlap(*neighbors.closest(atoms), atoms.get_chemical_formula())
         return AtomGraph.from_atoms(atoms, self.model.cutoff, neighbors)
 
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:
@@ -210,6 +218,7 @@ class OrbcalcCalculator(Calculator):
         _refuse_unlearned(self.model, properties)
 
 
+@torch.inference_mode(False)
 def predict(
     model: str | Path | Committee,
     structures: Iterable[Any],
@@ -264,7 +273,7 @@ def predict(
         )
     committee, metadata = open_model(model, device=device, dtype=dtype)
     _refuse_unlearned(committee, properties)
-    atoms_list = [_as_atoms(structure) for structure in structures]
+    atoms_list = [as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
     wanted = {_NEEDED.get(name, name) for name in properties}
     seen = electrons_seen(metadata)
@@ -339,12 +348,17 @@ def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:
         raise PropertyNotImplementedError(
             "this model was trained without charges; train it with `tasks: {charges: 1}`"
         )
-    if not model.has_uncertainty and any(
-        name.endswith(("_uncertainty", "_interval_95")) for name in properties
-    ):
-        raise PropertyNotImplementedError(
-            "this model has no uncertainty: its training had no energies to measure it by"
-        )
+    for name in properties:
+        if not name.endswith(("_uncertainty", "_interval_95")):
+            continue
+        if not model.has_uncertainty:
+            raise PropertyNotImplementedError(
+                "this model has no uncertainty: its training had no energies to measure it by"
+            )
+        if name.startswith("forces") and model.calibration.forces is None:
+            raise PropertyNotImplementedError(
+                f"this model has no {name}: its training had no forces to measure it by"
+            )
 
 
 @dataclass(frozen=True)
@@ -362,7 +376,7 @@ def _batches(
     for index in sorted(range(len(structures)), key=lambda i: len(structures[i])):
         atoms = structures[index]
         try:
-            check_structure(atoms, f"structure {index} ({atoms.get_chemical_formula()})")
+            check_structure(atoms, f"structure {index}")
             committee.first.check_elements(atoms.numbers.tolist())
         except StructureError:
             if on_error == "raise":
@@ -428,21 +442,3 @@ def _in_ao_order(
         np.concatenate([row[SLOTS[slot].orbitals] for slot in shell_slots(shells[int(number)])])
         for row, number in zip(charges, numbers, strict=True)
     ]
-
-
-def _as_atoms(structure: Any) -> Atoms:
-    if isinstance(structure, Atoms):
-        return structure
-    if hasattr(structure, "to_ase_atoms"):  # pymatgen's Structure and Molecule
-        atoms: Atoms = structure.to_ase_atoms()
-        if CHARGE_KEY not in atoms.info:
-            # pymatgen leaves these out, or makes them attributes, which nothing else reads.
-            stated = {CHARGE_KEY: structure.charge}
-            if hasattr(structure, "spin_multiplicity"):  # only molecules have one
-                stated[SPIN_KEY] = structure.spin_multiplicity
-            atoms.info = {**stated, **atoms.info}
-        return atoms
-    raise StructureError(
-        f"cannot predict a {type(structure).__name__}: give ase.Atoms, or a pymatgen Structure "
-        f"or Molecule"
-    )

@@ -18,6 +18,9 @@ from jaxtyping import Bool, Float, Int
 
 __all__ = ["NeighborList", "SkinList", "neighbor_list"]
 
+#: vesin 0.6 divides a box into no more.
+MAX_CELLS = 1e5
+
 
 @dataclass(frozen=True)
 class NeighborList:
@@ -38,6 +41,20 @@ class NeighborList:
         """Number of slots of each atom."""
         return int(self.neighbors.shape[1])
 
+    def closest(self, atoms: Atoms) -> tuple[int, int, float]:
+        """Return the closest two atoms that are neighbours (or images of one), and how far, Å.
+
+        Parameters
+        ----------
+        atoms
+            The structure of the list, where its atoms are now.
+        """
+        ends = atoms.positions[self.neighbors] + self.shifts @ atoms.cell.array
+        squares = ((ends - atoms.positions[:, None]) ** 2).sum(axis=-1)
+        squares[~self.mask] = np.inf
+        i, slot = np.unravel_index(np.argmin(squares), squares.shape)
+        return int(i), int(self.neighbors[i, slot]), float(np.sqrt(squares[i, slot]))
+
 
 def neighbor_list(atoms: Atoms, cutoff: float) -> NeighborList:
     """Find all pairs closer than a cutoff, periodic images included.
@@ -49,15 +66,46 @@ def neighbor_list(atoms: Atoms, cutoff: float) -> NeighborList:
     cutoff
         Å.
     """
-    # vesin (Rust/C++ cell lists) searches open directions only with a proper box around them.
-    cell = complete_cell(atoms.cell.array) if atoms.pbc.any() else np.zeros((3, 3))
-    finder = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True)
-    centers, neighbors, shifts = finder.compute(
-        points=atoms.positions, box=cell, periodic=atoms.pbc, quantities="ijS"
+    search, (positions, box) = cutoff, _in_a_box(atoms, cutoff)
+    while _is_too_thin(box, search):
+        search *= 2
+        positions, box = _in_a_box(atoms, search)
+    finder = vesin.NeighborList(cutoff=search, full_list=True, sorted=True)
+    centers, neighbors, shifts, distances = finder.compute(
+        points=positions, box=box, periodic=True, quantities="ijSd"
     )
+    if search > cutoff:
+        near = distances < cutoff
+        centers, neighbors, shifts = centers[near], neighbors[near], shifts[near]
     return _pad(
         len(atoms), centers.astype(np.int64), neighbors.astype(np.int64), shifts.astype(np.int64)
     )
+
+
+def _in_a_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
+    """Close the open directions with a box that leaves room between images.
+
+    In directions that are open for it, vesin takes time with the square of their length.
+    """
+    cell = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
+    along = atoms.positions @ cell.T  # the open ones are unit vectors, normal to all others
+    first = np.where(atoms.pbc, 0.0, along.min(axis=0) - cutoff)
+    lengths = np.where(atoms.pbc, 1.0, np.ptp(along, axis=0) + 2 * cutoff)
+    return atoms.positions - first @ cell, cell * lengths[:, None]
+
+
+def _is_too_thin(box: np.ndarray, cutoff: float) -> bool:
+    """Tell whether vesin cannot divide a box.
+
+    It makes cells as wide as the cutoff, and wider in all directions alike where there would be
+    too many; where the box is thinner than a cell then, it divides by zero and ends the process.
+    """
+    if np.maximum(np.linalg.norm(box, axis=1) / cutoff, 1.0).prod() <= MAX_CELLS:
+        return False
+    heights = 1 / np.linalg.norm(np.linalg.inv(box), axis=0)
+    n_cells = np.maximum(np.floor(heights / cutoff), 1.0)
+    excess = n_cells.prod() / MAX_CELLS
+    return bool(excess > 1 and n_cells.min() / np.cbrt(excess) < 1.01)
 
 
 def _pad(

@@ -8,6 +8,7 @@ calculator (trajectories and databases).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def _current(atoms: Atoms) -> dict[str, Any]:
     """Return the results of a calculator, if they are those of its present structure."""
     if atoms.calc is None or atoms.calc.check_state(atoms):
         return {}
-    return dict(atoms.calc.results)
+    return deepcopy(atoms.calc.results)  # or who changes an array changes the calculator's
 
 
 def _uncertainties(entries: Mapping[str, Any]) -> dict[str, Any]:

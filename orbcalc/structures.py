@@ -7,11 +7,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.geometry import complete_cell
+from ase.geometry import complete_cell, minkowski_reduce
 from ase.utils import string2index
 from scipy.spatial import cKDTree
 
@@ -19,6 +20,7 @@ from orbcalc.errors import StructureError
 from orbcalc.properties import CHARGE_KEY, SPIN_KEY
 
 __all__ = [
+    "as_atoms",
     "charge_and_multiplicity",
     "check_structure",
     "geometry",
@@ -26,12 +28,16 @@ __all__ = [
     "hold_out",
     "multiplicity_is_possible",
     "read_structures",
+    "refuse_overlap",
     "structure_key",
     "warn_of_unseen_electrons",
 ]
 
 #: Two nuclei closer than this (Å) are an error of the input; H2 is 0.74 Å.
 MIN_DISTANCE = 0.3
+
+#: Å, of a cell vector or along an open direction: what is longer was not meant.
+MAX_EXTENT = 1e5
 
 #: Positions and cells are hashed in units of this (Å): the last decimal of extxyz files, so that
 #: a structure that was written to one and read back has the same key.
@@ -70,6 +76,34 @@ def read_structures(paths: str | Path | Iterable[str | Path]) -> list[Atoms]:
     return structures
 
 
+def as_atoms(structure: Any) -> Atoms:
+    """Return ASE Atoms of a structure or molecule of pymatgen; Atoms are returned themselves.
+
+    A total charge is taken where one was stated: the formal charges of pymatgen's species, which
+    it adds up otherwise, are none of the structure.
+
+    Raises
+    ------
+    StructureError
+        If it is neither.
+    """
+    if isinstance(structure, Atoms):
+        return structure
+    if not hasattr(structure, "to_ase_atoms"):
+        raise StructureError(
+            f"cannot predict a {type(structure).__name__}: give ase.Atoms, or a pymatgen Structure "
+            f"or Molecule"
+        )
+    atoms: Atoms = structure.to_ase_atoms()
+    if CHARGE_KEY not in atoms.info:
+        # pymatgen leaves these out, or makes them attributes, which nothing else reads.
+        stated = {CHARGE_KEY: getattr(structure, "_charge", None) or 0}
+        if hasattr(structure, "spin_multiplicity"):  # only molecules have one
+            stated[SPIN_KEY] = structure.spin_multiplicity
+        atoms.info = {**stated, **atoms.info}
+    return atoms
+
+
 def check_structure(atoms: Atoms, name: str | None = None) -> None:
     """Refuse a structure that no method can compute.
 
@@ -78,23 +112,25 @@ def check_structure(atoms: Atoms, name: str | None = None) -> None:
     atoms
         Structure with positions in Å.
     name
-        What to call it in the message; its formula by default.
+        What to call it in messages, before its formula.
 
     Raises
     ------
     StructureError
         If it has no atoms, a NaN or infinite coordinate, an unknown element, a periodic
-        direction without a cell vector, overlapping atoms, or an impossible charge or spin.
+        direction without a cell vector, overlapping atoms, atoms too far apart, or an impossible
+        charge or spin.
     """
-    name = name or atoms.get_chemical_formula() or "structure"
     if len(atoms) == 0:
-        raise StructureError(f"{name} has no atoms")
+        raise StructureError(f"{name or 'structure'} has no atoms")
     unknown = np.flatnonzero((atoms.numbers < 1) | (atoms.numbers > 118))
     if len(unknown):
         raise StructureError(
-            f"atom {unknown[0]} of {name} has atomic number {atoms.numbers[unknown[0]]}: "
-            f"it is no element. Give every atom a symbol."
+            f"atom {unknown[0]} of {name or 'a structure'} has atomic number "
+            f"{atoms.numbers[unknown[0]]}: it is no element. Give every atom a symbol."
         )
+    formula = atoms.get_chemical_formula()
+    name = f"{name} ({formula})" if name else formula
     bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
     if len(bad):
         raise StructureError(
@@ -111,8 +147,18 @@ def check_structure(atoms: Atoms, name: str | None = None) -> None:
             f"{name} is periodic along {atoms.pbc.tolist()}, but its cell spans no volume: "
             f"{atoms.cell.array.tolist()}. Set the cell, or pbc=False."
         )
+    extent = _extent(atoms)
+    if extent > MAX_EXTENT:
+        raise StructureError(
+            f"{name} is {extent:.3g} Å long (limit {MAX_EXTENT:g} Å): has an atom flown away, or "
+            f"are positions or cell in another unit?"
+        )
     charge_and_multiplicity(atoms)
-    i, j, distance = _closest_overlap(atoms)
+    refuse_overlap(*_closest_overlap(atoms), name)
+
+
+def refuse_overlap(i: int, j: int, distance: float, name: str) -> None:
+    """Raise `StructureError` if two atoms are nearer than any method is made for."""
     if distance < MIN_DISTANCE:
         raise StructureError(
             f"atoms {i} and {j} of {name} are {distance:.3f} Å apart: "
@@ -170,6 +216,15 @@ def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> li
     return chosen
 
 
+def _extent(atoms: Atoms) -> float:
+    """Return the largest length of a structure: of a cell vector, or along an open direction."""
+    cell = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
+    lengths = np.where(
+        atoms.pbc, np.linalg.norm(cell, axis=1), np.ptp(atoms.positions @ cell.T, axis=0)
+    )
+    return float(lengths.max())
+
+
 def _closest_overlap(atoms: Atoms) -> tuple[int, int, float]:
     """Return the closest two atoms (or an atom and its image) and their distance.
 
@@ -177,10 +232,12 @@ def _closest_overlap(atoms: Atoms) -> tuple[int, int, float]:
     periodic images, and is far faster than a neighbour list, whose bins are made for cutoffs
     of several Å.
     """
-    lengths = atoms.cell.lengths()[atoms.pbc]
-    if lengths.min(initial=np.inf) < MIN_DISTANCE:
-        return 0, 0, float(lengths.min())
-    cell = complete_cell(atoms.cell.array) if atoms.pbc.any() else np.eye(3)
+    cell = np.eye(3)
+    if atoms.pbc.any():  # reduced: its vectors are the shortest ways to images
+        cell, _ = minkowski_reduce(complete_cell(atoms.cell.array), atoms.pbc)
+        lengths = np.linalg.norm(cell[atoms.pbc], axis=1)
+        if lengths.min() < MIN_DISTANCE:
+            return 0, 0, float(lengths.min())
     to_fractional = np.linalg.inv(cell)
     fractional = atoms.positions @ to_fractional
     fractional[:, atoms.pbc] %= 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +70,7 @@ def save_model(
     write_archive(path, kind=_KIND, version=_VERSION, content=content, tensors=tensors)
 
 
+@torch.inference_mode(False)  # of tensors made within it nothing could be derived
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Committee, dict[str, Any]]:
@@ -122,14 +124,20 @@ def potential_from(content: Mapping[str, Any], dtype: torch.dtype) -> Potential:
     """Build a potential from its content; its weights are still to be loaded."""
     config = parse_config(content["config"], PotentialConfig, source="model file")
     elements = [int(z) for z in content["elements"]]
-    if not elements or not all(1 <= z <= 118 for z in elements):
-        raise ConfigError(f"elements {elements} are not atomic numbers")
+    if not elements or not all(1 <= z <= 118 for z in elements) or len({*elements}) < len(elements):
+        raise ConfigError(f"elements {elements} are not atomic numbers, each once")
     energies, xtb_energies = (
         torch.tensor(content[key], dtype=torch.float64)
         for key in ("reference_energies", "xtb_reference_energies")
     )
     if energies.shape != (len(elements),) or xtb_energies.shape != (len(elements),):
         raise ConfigError(f"{len(elements)} elements need as many reference energies")
+    scales = [content[key] for key in ("energy_scale", "xtb_energy_scale", "neighbor_scale")]
+    if not all(0 < float(scale) < math.inf for scale in scales):
+        raise ConfigError(f"scales {scales} are not all finite and above zero")
+    for references in (energies, xtb_energies):
+        if not torch.isfinite(references).all():
+            raise ConfigError(f"reference energies {references.tolist()} are not all finite")
     width = min(int(content["n_charge_components"]), 23)
     statistics = Statistics(
         reference_energies=energies,

@@ -5,8 +5,9 @@ How sure it is, their last layers say (rigidity, `training.calibration`) and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
@@ -25,16 +26,30 @@ class Calibration:
 
     The score is the root of ``rigidity² + (weight spread)²``, as far as there are both. All is
     measured on structures that no member was trained on; these values mean: not calibrated.
+
+    Raises
+    ------
+    ConfigError
+        If a number is not finite, or negative.
     """
 
     energy: float = 1.0
     """Score to one standard deviation: 68 % of errors are smaller."""
-    forces: float = 1.0
+    forces: float | None = 1.0
+    """None if there were no forces to measure it by."""
     energy_95: float = 1.96
     """Score to what 95 % of errors are smaller than."""
-    forces_95: float = 1.96
+    forces_95: float | None = 1.96
     energy_spread_weight: float = 1.0
     forces_spread_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers, which may come from a file."""
+        for name, value in asdict(self).items():
+            if value is None and name in ("forces", "forces_95"):
+                continue
+            if not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ConfigError(f"calibration: {name} is {value!r}, expected a number >= 0")
 
 
 @dataclass(frozen=True)
@@ -126,12 +141,10 @@ class Committee(nn.Module):
                 energy_interval_95=energy * scale.energy_95,
             )
         forces = _score(result.atom_rigidity, result.forces_spread, scale.forces_spread_weight)
-        if forces is not None and result.forces is not None:
-            result = replace(
-                result,
-                forces_uncertainty=forces * scale.forces,
-                forces_interval_95=forces * scale.forces_95,
-            )
+        factors = scale.forces, scale.forces_95
+        if forces is not None and result.forces is not None and None not in factors:
+            sizes = [forces * factor for factor in factors if factor is not None]
+            result = replace(result, forces_uncertainty=sizes[0], forces_interval_95=sizes[1])
         return result
 
 

@@ -58,8 +58,8 @@ def calibrate(
     Returns
     -------
     Committee
-        The same members. Quantities without labels keep their factors. Without energies in
-        `train` and `valid` a single member has no uncertainties, and several have their spread.
+        The same members. Without energies in `train` and `valid` a single member has no
+        uncertainties, and several have their spread; without forces there are none of forces.
     """
     for member in committee.members:
         assert isinstance(member, Potential)
@@ -70,9 +70,17 @@ def calibrate(
     energies, forces = _held_out(raw, valid, batch_size)
     energy_weight, energy, energy_95 = _scales(energies)
     forces_weight, force, force_95 = _scales(forces)
+    has_forces = len(forces.errors) > 0
     return Committee(
         [*committee.members],
-        Calibration(energy, force, energy_95, force_95, energy_weight, forces_weight),
+        Calibration(
+            energy,
+            force if has_forces else None,
+            energy_95,
+            force_95 if has_forces else None,
+            energy_weight,
+            forces_weight,
+        ),
     )
 
 

@@ -137,7 +137,7 @@ class LabelDataset:
         self.targets: list[Targets] = []
         self.shells: dict[int, tuple[int, ...]] = {}
         for number, atoms in enumerate(structures):
-            check_structure(atoms, f"structure {number} ({atoms.get_chemical_formula()})")
+            check_structure(atoms, f"structure {number}")
             self.graphs.append(AtomGraph.from_atoms(atoms, cutoff))
             targets = Targets.from_atoms(atoms)
             if baseline != "none":

@@ -244,6 +244,28 @@ def test_a_pair_that_comes_close_is_noticed(single):
     assert 0.2 < noticed <= 0.3
 
 
+@pytest.mark.parametrize("skin", [0.5, 2.0])
+def test_whether_atoms_overlap_does_not_depend_on_where_they_were(single, skin):
+    atoms = attached(Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.4]]), single, skin=skin)
+    for distance in (0.4, 0.31, 0.29, 0.31, 0.1, 0.0):
+        atoms.positions[1, 2] = distance
+        if distance > 0.3:
+            atoms.get_potential_energy()
+            continue
+        with pytest.raises(StructureError, match=f"{distance:.3f} Å apart: they overlap"):
+            atoms.get_potential_energy()
+
+
+def test_it_works_in_inference_mode(single):
+    expected = predicted(single, [structures.water()])[0]["forces"]
+    with torch.inference_mode():
+        found = predict(single, [structures.water()])[0]["forces"]
+        np.testing.assert_allclose(found, expected, atol=1e-10)
+        np.testing.assert_allclose(
+            attached(structures.water(), single).get_forces(), expected, atol=1e-10
+        )
+
+
 # ---------------------------------------------------------------------------------- errors
 def test_errors_are_those_of_ase(single, without_charges):
     molecule = attached(structures.water(), single)
@@ -513,6 +535,15 @@ def test_a_charged_crystal_of_pymatgen(single):
     np.testing.assert_allclose(found["energy"], expected["energy"], rtol=1e-12)
     crystal.info["charge"] = 0
     assert found["energy"] != predict(single, [crystal])[0]["energy"]
+
+
+def test_formal_charges_of_pymatgen_are_no_charge_of_the_structure(single):
+    structure = pytest.importorskip("pymatgen.core").Structure
+    salt = structures.rock_salt()
+    species = [{"Na": "Na+", "Cl": "Cl2-"}[symbol] for symbol in salt.symbols]
+    made = structure(salt.cell[:], species, salt.get_scaled_positions())
+    (found,), (expected,) = predict(single, [made]), predict(single, [salt])
+    np.testing.assert_allclose(found["energy"], expected["energy"], rtol=1e-12)
 
 
 def test_what_is_no_structure(single):

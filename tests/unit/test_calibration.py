@@ -9,9 +9,10 @@ import pytest
 import structures
 import torch
 from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
 from conftest import MakePotential
 
-from orbcalc.calculator import predict
+from orbcalc.calculator import OrbcalcCalculator, predict
 from orbcalc.graph import AtomGraph
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
@@ -188,6 +189,23 @@ def test_without_energies_there_is_no_uncertainty(
     found = calibrate(committee, *(LabelDataset(sets[name], 4.0) for name in ("train", "valid")))
     assert not found.has_uncertainty
     assert "energy_uncertainty" not in predict(found, [structures.water()])[0]
+
+
+def test_without_forces_there_is_none_of_forces(
+    make_potential: MakePotential, labelled: list[Atoms], tmp_path: Path
+) -> None:
+    bare = [atoms.copy() for atoms in labelled]
+    for atoms in bare:
+        del atoms.arrays[REF_FORCES]
+    sets = (LabelDataset(atoms, 4.0) for atoms in (labelled, bare))
+    found = calibrate(Committee([make_potential("none"), make_potential("none")]), *sets)
+    save_model(tmp_path / "model.orbcalc", found)
+    for committee in (found, load_model(tmp_path / "model.orbcalc")[0]):
+        (result,) = predict(committee, [structures.water()], ["forces"])
+        assert "energy_uncertainty" in result
+        assert not {"forces_uncertainty", "forces_interval_95"} & result.keys()
+        with pytest.raises(PropertyNotImplementedError, match="no forces_interval_95: its train"):
+            OrbcalcCalculator(committee).get_property("forces_interval_95", structures.water())
 
 
 def test_fewer_structures_than_features(make_potential: MakePotential) -> None:

@@ -19,10 +19,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orbcalc.errors import CheckpointError
+from orbcalc.errors import CheckpointError, ConfigError
 from orbcalc.files import file_sha256
 from orbcalc.model.archive import read_archive, write_archive
-from orbcalc.model.checkpoint import load_model, save_model
+from orbcalc.model.checkpoint import (
+    load_model,
+    potential_content,
+    potential_from,
+    save_model,
+)
 from orbcalc.model.committee import Calibration, Committee
 from orbcalc.testing import predicted
 
@@ -320,6 +325,13 @@ def set_first(name, value):
     return change
 
 
+def set_calibration(name, value):
+    def change(content):
+        content["calibration"][name] = value
+
+    return change
+
+
 def set_config(name, value):
     def change(content):
         content["members"][0]["config"][name] = value
@@ -355,6 +367,12 @@ CONTRADICTIONS = {
         "electrons",
     ),
     "labels of numbers": (lambda content: content.update(metadata={"labels": 3}), "labels"),
+    "no neighbours": (set_first("neighbor_scale", 0), "not all finite and above zero"),
+    "scale of words": (set_first("energy_scale", "nan"), "not all finite and above zero"),
+    "an element twice": (set_first("elements", [1, 1, 8]), "are not atomic numbers, each once"),
+    "negative errors": (set_calibration("energy", -1.0), "energy is -1.0, expected a number >= 0"),
+    "errors of words": (set_calibration("energy", "abc"), "energy"),
+    "no errors": (set_calibration("energy_95", None), "energy_95"),
     "no calibration": (lambda content: content.pop("calibration"), "calibration"),
 }
 
@@ -366,6 +384,16 @@ def test_contents_that_contradict_the_weights(good_file, tmp_path, name):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(path)
     assert "model.orbcalc" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["energy_scale", "neighbor_scale", "reference_energies"])
+def test_numbers_beside_the_weights_are_finite(model, name):
+    content = potential_content(model.first)  # JSON reads 1e999 as infinite
+    content[name] = [np.inf] * len(content[name]) if name == "reference_energies" else np.inf
+    with pytest.raises(ConfigError, match="finite"):
+        potential_from(content, torch.float32)
+    with pytest.raises(ConfigError, match=r"energy is inf, expected a number >= 0"):
+        Calibration(energy=np.inf)
 
 
 def first_weight(value):

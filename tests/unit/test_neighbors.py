@@ -102,6 +102,54 @@ def test_atoms_far_from_the_origin_and_from_each_other():
     assert neighbor_list(atoms, CUTOFF).mask.sum() == 6
 
 
+@pytest.mark.parametrize("pbc", [(True, True, False), (False, True, False)])
+def test_what_is_far_from_the_box_is_no_nearer_to_others(pbc):
+    rng = np.random.default_rng(0)
+    atoms = Atoms("H60", cell=[4, 4, 20], pbc=pbc)
+    atoms.positions = rng.uniform(0, 4, (60, 3)) + np.repeat([[0, 0, 0], [900, 0, 3e3]], 30, axis=0)
+    near = atoms.copy()  # only as far as it must be
+    near.positions[30:] -= [0 if pbc[0] else 880, 0, 2.98e3]
+    if pbc[0]:
+        near.positions[30:, 0] -= 900  # a whole number of cells
+    found, expected = neighbor_list(atoms, CUTOFF), neighbor_list(near, CUTOFF)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.neighbors, expected.neighbors)
+
+
+@pytest.mark.parametrize("far", [[9e4, 9e4, 0], [9e4, 0, 0], [9e4, 9e4, 9e4]])
+@pytest.mark.parametrize("pbc", [(False, False, False), (False, False, True), (False, True, True)])
+def test_an_atom_far_away_has_its_images_for_neighbours(pbc, far):
+    molecule = structures.water()
+    molecule.set_cell([5.0, 5.0, 5.0])
+    molecule.pbc = pbc
+    atoms = molecule + Atoms("H", positions=[far])
+    found = neighbor_list(atoms, CUTOFF + 1.5)
+    assert found.mask[3].sum() == {0: 0, 1: 2, 2: 4}[sum(pbc)]
+    assert found.mask[:3].sum() == neighbor_list(molecule, CUTOFF + 1.5).mask.sum()
+
+
+def test_a_thin_and_wide_cell():
+    atoms = Atoms("H", cell=[4e3, 4e3, 3.0], pbc=True)
+    found = neighbor_list(atoms, CUTOFF)
+    assert found.mask.sum() == 2
+    np.testing.assert_array_equal(np.abs(found.shifts[found.mask]), [[0, 0, 1], [0, 0, 1]])
+    check_layout(found)
+
+
+@settings(max_examples=40)
+@given(random_atoms())
+def test_the_closest_pair(atoms):
+    i, j, distance = neighbor_list(atoms, CUTOFF).closest(atoms)
+    distances = ase.neighborlist.neighbor_list("d", atoms, CUTOFF)
+    if len(distances) == 0:
+        assert distance == np.inf
+    else:
+        assert distance == pytest.approx(distances.min())
+        assert (i == j) or distance <= np.linalg.norm(
+            atoms.positions[i] - atoms.positions[j]
+        ) + 1e-9
+
+
 def test_nothing_moves_nothing_is_built():
     skin_list = SkinList(CUTOFF)
     atoms = structures.ice_cell()

@@ -118,6 +118,12 @@ def test_the_structure_is_left_as_it_is(calculated: Atoms) -> None:
     assert done.get_potential_energy() == calculated.get_potential_energy()
 
 
+def test_who_changes_results_does_not_change_the_calculator(calculated: Atoms) -> None:
+    before = calculated.get_forces()
+    results_of(calculated)["forces"][:] = 0.0
+    np.testing.assert_array_equal(calculated.get_forces(), before)
+
+
 def test_results_of_another_geometry_are_no_results(calculated: Atoms) -> None:
     done = with_results(calculated)
     for atoms in (calculated, done):

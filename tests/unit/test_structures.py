@@ -33,7 +33,7 @@ def with_position(value):
 
 BAD = {
     "has no atoms": Atoms(),
-    "atom 1 of HX .* atomic number 0: it is no element": Atoms("HX", positions=np.eye(3)[:2]),
+    "atom 1 of .* atomic number 0: it is no element": Atoms("HX", positions=np.eye(3)[:2]),
     r"atom 2 of H2O has position \[.*nan.*\]: coordinates must be finite": with_position(np.nan),
     "atom 2 of H2O has position .*inf": with_position(np.inf),
     "has a cell that is not finite": changed(structures.water, cell=[np.nan, 1, 1]),
@@ -48,6 +48,17 @@ BAD = {
     ),
     "atoms 0 and 1 of H2 are 0.000 Å apart": Atoms("H2"),
     "atoms 0 and 0 of H are 0.200 Å apart": Atoms("H", cell=[0.2, 3, 3], pbc=True),
+    r"atoms 0 and 0 of Cu are 0\.112 Å apart": Atoms(  # in a cell whose vectors are long
+        "Cu", cell=[[10, 0, 0], [9.95, 0.1, 0], [0, 0, 10]], pbc=True
+    ),
+    r"atoms 0 and 1 of H2 are 0\.2\d\d Å apart": Atoms(
+        "H2", positions=[[0, 0, 0], [6, 9.2, 0]], cell=[[4, 0, 0], [14, 9, 0], [0, 0, 5]], pbc=True
+    ),
+    r"H2 is 1e\+06 Å long \(limit 100000 Å\): has an atom flown away": Atoms(
+        "H2", positions=[[0, 0, 0], [0, 0, 1e6]], cell=[4, 4, 20], pbc=(True, True, False)
+    ),
+    r"H is 2e\+05 Å long": Atoms("H", cell=[5, 5, 2e5], pbc=True),
+    "atom 0 of a structure has atomic number 119": Atoms(numbers=[119]),
     r"info\['spin'\] = 2 is impossible for 10 electrons": Atoms(
         "OH2", positions=np.eye(3), info={"spin": 2}
     ),
@@ -69,6 +80,8 @@ def test_what_is_refused(message):
 def test_the_name_is_in_the_message():
     with pytest.raises(StructureError, match="structure 7 of pool has no atoms"):
         check_structure(Atoms(), "structure 7 of pool")
+    with pytest.raises(StructureError, match=r"of structure 7 of pool \(H2\) are 0\.000 Å apart"):
+        check_structure(Atoms("H2"), "structure 7 of pool")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +94,7 @@ def test_the_name_is_in_the_message():
         Atoms("H", cell=[1.0, 1, 1], pbc=True),
         Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.31]]),
         Atoms("H", cell=[0, 0, 2.0], pbc=(False, False, True)),
+        Atoms("H2", positions=[[0, 0, 0], [3e6, 0, 1]], cell=[5, 5, 5], pbc=True),  # not wrapped
     ],
     ids=str,
 )
@@ -218,7 +232,9 @@ def test_files_that_cannot_be_read(tmp_path):
         read_structures(tmp_path / "empty.extxyz")
     overlapping = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.1]])
     ase.io.write(tmp_path / "bad.extxyz", [structures.water(), overlapping])
-    with pytest.raises(StructureError, match=r"of structure 1 of .*bad\.extxyz are 0\.100 Å"):
+    with pytest.raises(
+        StructureError, match=r"of structure 1 of .*bad\.extxyz \(H2\) are 0\.100 Å"
+    ):
         read_structures([tmp_path / "bad.extxyz"])
 
 
