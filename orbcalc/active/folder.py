@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import ase.io
 from ase import Atoms
+from ase.io.extxyz import key_val_dict_to_str, key_val_str_to_dict
+from filelock import FileLock, Timeout
 
 from orbcalc.config import RunConfig, dump_config, load_config
 from orbcalc.errors import ConfigError
@@ -21,8 +24,8 @@ from orbcalc.structures import read_structures, structure_key
 
 __all__ = ["RoundFiles", "RunFolder", "bare", "write_structures"]
 
-#: Texts that ASE's extxyz does not read as it wrote them.
-_SPOILED = re.compile(r"[\\\n\r]|^_JSON")
+#: What spoils more than the text itself, in the header of an extxyz structure.
+_SPOILS_OTHERS = re.compile(r"^$|[\n\r]")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,31 @@ class RunFolder:
         self.events = self.path / "events.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out, which would count a look over what they have not drawn from.
+
+        The system takes the lock back when its holder dies. The folder is made if it is not there.
+
+        Raises
+        ------
+        ConfigError
+            If another process is at work in the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"another process is at work in {self.path}: wait until it has ended, or choose "
+                f"another `output`."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def prepare(self, config: RunConfig) -> None:
         """Make the folder, or check that it belongs to this configuration and its files.
@@ -155,11 +183,12 @@ def _quoted(atoms: Atoms) -> Atoms:
     """Return a structure whose information ASE's extxyz does not spoil.
 
     Empty strings swallow what follows them (the periodicity), line breaks end the header,
-    backslashes are dropped, and names that are no strings cannot be written.
+    backslashes are dropped, "007" is read as a number and "T" as a truth, and names that are no
+    strings cannot be written.
     """
     info = {}
     for name, value in atoms.info.items():
-        if isinstance(value, str) and (not value or _SPOILED.search(value)):
+        if value is None or (isinstance(value, str) and _is_spoiled(value)):
             value = "_JSON " + json.dumps(value).replace("\\", "\\\\")
         info[str(name)] = value
     if info == atoms.info:
@@ -167,6 +196,14 @@ def _quoted(atoms: Atoms) -> Atoms:
     copy: Atoms = atoms.copy()
     copy.calc, copy.info = atoms.calc, info
     return copy
+
+
+def _is_spoiled(text: str) -> bool:
+    """Tell whether ASE's extxyz reads a text otherwise than it was written."""
+    if _SPOILS_OTHERS.search(text):
+        return True
+    found = key_val_str_to_dict(key_val_dict_to_str({"text": text})).get("text")
+    return not (isinstance(found, str) and found == text)
 
 
 def _outcome_relevant(config: RunConfig) -> dict[str, Any]:

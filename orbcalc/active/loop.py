@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orbcalc
@@ -35,7 +36,7 @@ from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.output import write_output
 from orbcalc.active.quantities import QUANTITIES
 from orbcalc.active.round import Notify, Round
-from orbcalc.config import RunConfig
+from orbcalc.config import RunConfig, resolve_paths
 from orbcalc.files import read_json, replace_file
 from orbcalc.labels.store import LabelStore
 
@@ -69,12 +70,19 @@ def run(
     Raises
     ------
     ConfigError
-        If the folder holds another run or one of files that have changed, or the configuration
-        cannot work.
+        If the folder holds another run or one of files that have changed, if another process is
+        at work in it, or the configuration cannot work.
     OrbcalcError
         If labels or models cannot be made at all; the folder stays resumable.
     """
     folder = RunFolder(config.output)
+    with folder.locked():
+        return _run(resolve_paths(config, Path.cwd()), folder, client, notify)
+
+
+def _run(
+    config: RunConfig, folder: RunFolder, client: Client | None, notify: Notify | None
+) -> Certificate:
     folder.prepare(config)
     done = None
     if folder.certificate.exists():
@@ -123,9 +131,7 @@ class ActiveLearning:
 
     def finish(self, certificate: Certificate) -> Certificate:
         """Write the output of a run that ended with a certificate; see `output.write_output`."""
-        sources = write_output(
-            self.executor, self.folder, self.store, certificate, self.config.potential
-        )
+        sources = write_output(self.executor, self.folder, self.store, certificate, self.config)
         record = self.folder.event(
             "finished",
             reason=certificate.reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ __all__ = [
 CHUNK = 256
 
 T = TypeVar("T")
-TrainTask = tuple[str, int, str, int]
+#: Configuration file, member, log, number of the round, device.
+TrainTask = tuple[str, int, str, int, str]
 
 
 # ---------------------------------------------------------------------------- training
@@ -66,17 +68,17 @@ def write_training_set(
     known = [atoms for atoms, out in zip(labelled, held_out, strict=True) if not out]
     write_structures(train_file, [*known, *cheap])
     write_structures(valid_file, [a for a, out in zip(labelled, held_out, strict=True) if out])
-    training = TrainConfig(
-        train=(train_file.absolute(),),
-        valid=(valid_file.absolute(),),
-        output=files.model.absolute(),
+    training = TrainConfig(  # with paths from its own folder, which may be copied or moved
+        train=(Path(train_file.name),),
+        valid=(Path(valid_file.name),),
+        output=Path(files.model.name),
         seed=seed,
         committee=config.committee,
         device=config.device,
         potential=config.potential,
         tasks=config.tasks,
         optimizer=config.optimizer,
-        start_from=start_from,
+        start_from=start_from and Path(os.path.relpath(start_from, files.folder)),
     ).resolved(cheap_only=config.pool.charges)  # in all rounds alike, so that they go on training
     write_text(files.train, dump_config(training))
 
@@ -86,6 +88,7 @@ def train_committee(
     config_file: Path,
     metrics: Path,
     number: int,
+    device: str,
     on_wait: Callable[[], None],
 ) -> dict[str, Any]:
     """Train the members on the model workers, then join them.
@@ -100,6 +103,8 @@ def train_committee(
         Log that the members append to.
     number
         Of the round, noted with the metrics.
+    device
+        Where the members are trained; that of the file is not used.
     on_wait
         Called while the members are trained.
 
@@ -116,13 +121,13 @@ def train_committee(
     """
     path = str(config_file.absolute())
     tasks: list[TrainTask] = [
-        (path, member, str(metrics.absolute()), number)
+        (path, member, str(metrics.absolute()), number, device)
         for member in range(load_config(path, TrainConfig).committee)
     ]
     for task, outcome in executor.map(train_on_worker, tasks, "model", on_wait=on_wait):
         if isinstance(outcome, Exception):
             raise OrbcalcError(f"training of member {task[1]} failed: {outcome!r}") from outcome
-    ((_, joined),) = executor.map(finish_on_worker, [path], "model")
+    ((_, joined),) = executor.map(finish_on_worker, [(path, device)], "model")
     if isinstance(joined, Exception):
         raise OrbcalcError(f"the committee could not be made: {joined!r}") from joined
     found: dict[str, Any] = joined
@@ -133,22 +138,21 @@ def train_on_worker(task: TrainTask) -> str:
     """Train one member on a model worker."""
     from orbcalc.training.run import train_member
 
-    config_path, member, metrics, number = task
-    config = load_config(config_path, TrainConfig)
+    config_path, member, metrics, number, device = task
     path = train_member(
-        config,
+        _training(config_path, device),
         member,
         report=lambda record: append_json(Path(metrics), {"round": number, **record}),
     )
     return str(path)
 
 
-def finish_on_worker(config_path: str) -> dict[str, Any]:
+def finish_on_worker(task: tuple[str, str]) -> dict[str, Any]:
     """Join the members of a committee on a model worker."""
     from orbcalc.model.checkpoint import load_model
     from orbcalc.training.run import finish_training
 
-    config = load_config(config_path, TrainConfig)
+    config = _training(*task)
     if not config.output.exists():  # else the worker died after it had written the model
         finish_training(config)
     _, metadata = load_model(config.output)
@@ -157,6 +161,13 @@ def finish_on_worker(config_path: str) -> dict[str, Any]:
         **{name: metadata["training_set"][name] for name in ("n_train", "n_cheap", "n_valid")},
     }
     return found
+
+
+def _training(config_path: str, device: str) -> TrainConfig:
+    """Read the configuration of a training whose model comes beside it."""
+    config = load_config(config_path, TrainConfig)
+    output = Path(config_path).with_name(config.output.name)
+    return config.model_copy(update={"output": output, "device": device})
 
 
 def _held_out(structures: Sequence[Atoms], fraction: float) -> list[bool]:
@@ -168,7 +179,8 @@ def _held_out(structures: Sequence[Atoms], fraction: float) -> list[bool]:
     if not chosen:
         raise ConfigError(
             f"{len(structures)} labelled structure(s) are too few to train on: none can be held "
-            f"out for validation. Raise selection.initial, or look at the failed labels."
+            f"out for validation. Look at the failed labels, or begin another run with a larger "
+            f"selection.initial."
         )
     return [index in chosen for index in range(len(structures))]
 
@@ -188,7 +200,12 @@ def with_baseline(
 
 
 def predict_pool(
-    executor: Executor, model: Path, structures: Sequence[Atoms], *, forces: bool = False
+    executor: Executor,
+    model: Path,
+    structures: Sequence[Atoms],
+    device: str,
+    *,
+    forces: bool = False,
 ) -> list[dict[str, Any]]:
     """Predict energy, uncertainty per atom, features, and forces if asked for; empty if impossible.
 
@@ -197,11 +214,11 @@ def predict_pool(
     OrbcalcError
         If the model cannot predict at all.
     """
-    return _in_chunks(executor, partial(predict_chunk, model, forces), structures)
+    return _in_chunks(executor, partial(predict_chunk, model, device, forces), structures)
 
 
 def predict_results(
-    executor: Executor, model: Path, structures: Sequence[Atoms]
+    executor: Executor, model: Path, structures: Sequence[Atoms], device: str
 ) -> list[dict[str, Any] | str]:
     """Predict what a calculator would hold: energy, forces, stress in a volume, uncertainties.
 
@@ -217,7 +234,7 @@ def predict_results(
     OrbcalcError
         If the model cannot predict at all.
     """
-    return _in_chunks(executor, partial(predict_results_chunk, model), structures)
+    return _in_chunks(executor, partial(predict_results_chunk, model, device), structures)
 
 
 def _in_chunks(
@@ -240,11 +257,13 @@ def _on_chunk(function: Callable[[list[Atoms]], T], chunk: tuple[int, list[Atoms
     return function(chunk[1])
 
 
-def predict_results_chunk(model: Path, structures: list[Atoms]) -> list[dict[str, Any] | str]:
+def predict_results_chunk(
+    model: Path, device: str, structures: list[Atoms]
+) -> list[dict[str, Any] | str]:
     """Predict some structures on a model worker."""
     from orbcalc.calculator import open_model, predict
 
-    committee, _ = open_model(model)
+    committee, _ = open_model(model, device=device)
 
     def or_why_not(atoms: Atoms, result: dict[str, Any]) -> dict[str, Any] | str:
         if not result:
@@ -259,13 +278,20 @@ def predict_results_chunk(model: Path, structures: list[Atoms]) -> list[dict[str
     return [or_why_not(*pair) for pair in zip(structures, results, strict=True)]
 
 
-def predict_chunk(model: Path, forces: bool, structures: list[Atoms]) -> list[dict[str, Any]]:
+def predict_chunk(
+    model: Path, device: str, forces: bool, structures: list[Atoms]
+) -> list[dict[str, Any]]:
     """Predict some structures on a model worker."""
     from orbcalc.calculator import predict
 
     more = ("forces",) if forces else ()
     results = predict(
-        model, structures, ("energy", "features", *more), on_error="skip", baseline="labels"
+        model,
+        structures,
+        ("energy", "features", *more),
+        device=device,
+        on_error="skip",
+        baseline="labels",
     )
     return [
         {

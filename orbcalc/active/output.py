@@ -12,7 +12,7 @@ from orbcalc.active.certificate import Certificate
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.modelling import predict_results, with_baseline
-from orbcalc.config import PotentialConfig
+from orbcalc.config import RunConfig
 from orbcalc.errors import CheckpointError
 from orbcalc.files import file_sha256
 from orbcalc.labels.label import LabelStatus
@@ -54,7 +54,7 @@ def write_output(
     folder: RunFolder,
     store: LabelStore,
     certificate: Certificate,
-    potential: PotentialConfig,
+    config: RunConfig,
 ) -> dict[Source, int]:
     """Write the whole pool: its labels, and predictions of the released model for the others.
 
@@ -81,8 +81,8 @@ def write_output(
         Of the run; the model is released already.
     certificate
         The run's end, granted or not.
-    potential
-        What was trained.
+    config
+        Of the run.
 
     Returns
     -------
@@ -107,7 +107,8 @@ def write_output(
     keys = [structure_key(atoms) for atoms in pool]
     answers = _labels(store, set(keys))
     rest = {key: a for key, a in zip(keys, pool, strict=True) if key not in answers}
-    found = predict_results(executor, folder.model, with_baseline(potential, store, rest))
+    structures = with_baseline(config.potential, store, rest)
+    found = predict_results(executor, folder.model.absolute(), structures, config.device)
     told = {POOL_CERTIFIED: certificate.certified, POOL_MODEL: f"sha256:{certificate.model_hash}"}
     for key, result in zip(rest, found, strict=True):
         if isinstance(result, str):

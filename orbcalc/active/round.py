@@ -122,6 +122,7 @@ class Round:
                 config=md,
                 seed=int(rng.integers(2**32)),
                 model=self.committee,
+                device=self.config.device,
             )
             for walker in range(md.walkers)
         ]
@@ -147,7 +148,7 @@ class Round:
             known: dict[str, Any] = read_json(self.files.selection)
             return known
         open_keys = self._open_keys(pool)
-        selection: dict[str, Any] = {"audit": [], "predictions": {}}
+        selection: dict[str, Any] = {"open": len(open_keys), "audit": [], "predictions": {}}
         if self.committee is None:
             size = self._affordable(self.config.selection.initial)
             drawn = draw_audit(len(open_keys), size, self._rng("batch"))
@@ -189,7 +190,7 @@ class Round:
     def _predict(self, keys: Sequence[str], pool: Mapping[str, Atoms]) -> None:
         assert self.committee is not None
         structures = self._predictable({key: pool[key] for key in keys})
-        found = predict_pool(self.executor, self.committee, structures)
+        found = predict_pool(self.executor, self.committee, structures, self.config.device)
         self._predictions = dict(zip(keys, found, strict=True))
 
     def _hardest(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> list[str]:
@@ -211,7 +212,9 @@ class Round:
             return _finite({key: self._predictions[key] for key in sample})
         assert self.committee is not None  # forces: too many to compute for all
         structures = self._predictable({key: pool[key] for key in sample})
-        found = predict_pool(self.executor, self.committee, structures, forces=True)
+        found = predict_pool(
+            self.executor, self.committee, structures, self.config.device, forces=True
+        )
         return _finite(dict(zip(sample, found, strict=True)), "forces")
 
     def _open_keys(self, pool: Mapping[str, Atoms]) -> list[str]:
@@ -330,6 +333,12 @@ class Round:
             n_labelled=sum(key in known for key in before),
             n_failed=sum(key in failed_keys for key in before),
         )
+        if counts.n_inference != selection["open"]:
+            raise OrbcalcError(
+                f"{self.files.selection} was drawn from {selection['open']} unlabelled structures, "
+                f"but {counts.n_inference} are unlabelled now: {self.folder.labels} was changed "
+                f"by something else than this run, so nothing can be proved. Begin another run."
+            )
         failed = np.array([key not in known for key in sample], dtype=bool)
         return take_look(counts, errors, failed, self.config.certificate, number=self.number)
 
@@ -370,7 +379,12 @@ class Round:
             seen = len(records)
 
         found = train_committee(
-            self.executor, self.files.train, self.folder.metrics, self.number, pass_on_metrics
+            self.executor,
+            self.files.train,
+            self.folder.metrics,
+            self.number,
+            self.config.device,
+            pass_on_metrics,
         )
         pass_on_metrics()
         self._event("trained", model=str(self.files.model.absolute()), **found)

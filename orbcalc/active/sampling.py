@@ -33,6 +33,8 @@ class WalkTask:
     seed: int
     model: Path | None = None
     """Drives the walker; without a model the bootstrap method does."""
+    device: str = "auto"
+    """Of the model."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def committee_walk(task: WalkTask) -> Walk:
     from orbcalc.calculator import OrbcalcCalculator
 
     assert task.model is not None
-    calculator = OrbcalcCalculator(task.model)
+    calculator = OrbcalcCalculator(task.model, device=task.device)
     limit = task.config.max_uncertainty
 
     def stop(atoms: Atoms) -> str | None:

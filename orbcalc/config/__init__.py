@@ -6,7 +6,7 @@ from the folder of that file.
 
 from __future__ import annotations
 
-from orbcalc.config.base import dump_config, load_config, parse_config
+from orbcalc.config.base import dump_config, load_config, parse_config, resolve_paths
 from orbcalc.config.labels import LabelConfig, ReferenceConfig
 from orbcalc.config.run import (
     CertificateConfig,
@@ -31,4 +31,5 @@ __all__ = [
     "CertificateConfig", "DaskConfig", "LabelConfig", "MDConfig", "OptimizerConfig", "PoolConfig",
     "PotentialConfig", "ReferenceConfig", "RunConfig", "SelectionConfig", "StopConfig",
     "TaskWeights", "TrainConfig", "dump_config", "load_config", "parse_config",
+    "resolve_paths",
 ]  # fmt: skip

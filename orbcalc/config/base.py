@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from orbcalc.errors import ConfigError
 
-__all__ = ["Paths", "StrictModel", "dump_config", "load_config", "parse_config"]
+__all__ = ["Paths", "StrictModel", "dump_config", "load_config", "parse_config", "resolve_paths"]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -33,11 +33,16 @@ class _Loader(yaml.SafeLoader):
     """As YAML 1.2 has it, 1e-3 is a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that the loader would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+"),
+        list("-+.0123456789"),
+    )
 
 
 # ------------------------------------------------------------------------------- files
@@ -81,12 +86,13 @@ def parse_config(
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(item, model)}" for item in error.errors())
         raise ConfigError(f"{source}:\n{problems}") from error
-    return _resolve_paths(config, folder) if folder is not None else config
+    return resolve_paths(config, folder) if folder is not None else config
 
 
 def dump_config(config: StrictModel) -> str:
     """Write a configuration as YAML, with every default spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _explain(item: Any, model: type[BaseModel]) -> str:
@@ -116,13 +122,13 @@ def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _resolve_paths(config: Config, folder: Path) -> Config:
+def resolve_paths(config: Config, folder: Path) -> Config:
     """Return a copy whose relative *input* paths start at a folder; outputs start where we run."""
     update: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, StrictModel):
-            update[name] = _resolve_paths(value, folder)
+            update[name] = resolve_paths(value, folder)
         elif name == "start_from" and isinstance(value, Path):
             update[name] = (folder / value).resolve()
         elif isinstance(value, tuple) and value and all(isinstance(v, Path) for v in value):

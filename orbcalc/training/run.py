@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -322,7 +323,7 @@ def _member_path(config: TrainConfig, member: int) -> Path:
 
 def _refuse_other_run(config: TrainConfig, folder: Path) -> None:
     """Write down what is trained here, and refuse to go on with something else."""
-    path, inputs, text = folder / "config.json", folder / _INPUTS, config.model_dump_json()
+    path, inputs, text = folder / "config.json", folder / _INPUTS, _portable(config, folder)
     if path.exists() and path.read_bytes() != text.encode():
         raise CheckpointError(
             f"{folder} holds an unfinished training of another configuration. "
@@ -336,6 +337,18 @@ def _refuse_other_run(config: TrainConfig, folder: Path) -> None:
             f"Restore that file to go on, or delete the folder."
         )
     replace_file(path, text)  # members in other processes read it too
+
+
+def _portable(config: TrainConfig, folder: Path) -> str:
+    """Return what decides a training, as text that stays when folders are moved together."""
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [relative(item) for item in value]
+        return os.path.relpath(value, folder) if isinstance(value, Path) else value
+
+    tree = config.model_dump(exclude={"device"})
+    return json.dumps({name: relative(value) for name, value in tree.items()})
 
 
 def _methods(structures: list[Atoms]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +18,19 @@ from ase.build import molecule
 from ase.constraints import FixAtoms
 from distributed import Client
 from killed_run import INITIAL, Story
-from small_runs import run_config, waters, write_pool
+from small_runs import HereExecutor, run_config, waters, write_pool
 
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.decisions import stream
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, write_structures
-from orbcalc.active.loop import run
-from orbcalc.active.modelling import _held_out
+from orbcalc.active.loop import ActiveLearning, run
+from orbcalc.active.modelling import _held_out, predict_pool, predict_results
 from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
 from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, StopConfig
-from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
+from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError, OrbcalcError
 from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
@@ -389,6 +390,65 @@ def test_the_folder_of_another_run_is_refused(pool: Path, tmp_path: Path) -> Non
     write_structures(folder.round(0).pool, waters(2))
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
         run(run_config(pool, tmp_path / "run", seed=2))
+
+
+def test_a_run_that_another_process_is_at_work_in_is_refused(pool: Path, tmp_path: Path) -> None:
+    config = run_config(pool, tmp_path / "run")
+    with (
+        RunFolder(config.output).locked(),
+        pytest.raises(ConfigError, match="another process is at work in"),
+    ):
+        run(config)
+
+
+def test_a_look_is_counted_over_what_it_was_drawn_from(pool: Path, tmp_path: Path) -> None:
+    config = run_config(pool, tmp_path / "run", committee=1)
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    learning = ActiveLearning(config, folder, HereExecutor())
+    assert learning.step(0) is None
+    this = Round(1, config, folder, learning.store, HereExecutor(), lambda record: None)
+    structures = this.grow_pool()
+    selection = this.select(structures)
+    apart = {*selection["audit"], *learning.store.keys("reference")}
+    this.label("batch", [atoms for key, atoms in structures.items() if key not in apart][:5])
+    with pytest.raises(OrbcalcError, match="drawn from 20 unlabelled structures, but 15 are"):
+        this.look(selection, structures)
+
+
+def test_paths_in_python_start_where_the_run_does(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = run_config(Path(pool.name), Path("run"), certificate=FORGIVING)
+    with pytest.raises(StopHereError):
+        run(config, client=client, notify=stop_at(event="round"))
+    assert run(config, client=client).certified
+
+
+def test_a_copied_run_trains_in_its_own_folder(pool: Path, tmp_path: Path) -> None:
+    config = run_config(pool, tmp_path / "run", committee=1, device="nonsense")
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    with pytest.raises(ConfigError, match="nonsense"):
+        ActiveLearning(config, folder, HereExecutor()).step(0)
+    assert folder.round(0).train.exists()
+    copy = config.model_copy(update={"output": tmp_path / "copy", "device": "cpu"})
+    shutil.copytree(folder.path, copy.output)
+    there = RunFolder(copy.output)
+    there.prepare(copy)
+    assert ActiveLearning(copy, there, HereExecutor()).step(0) is None
+    assert there.round(0).model.exists()
+    assert not folder.round(0).model.exists()
+
+
+@pytest.mark.parametrize("forces", [False, True])
+def test_predictions_are_made_on_the_device_of_the_run(story: Story, forces: bool) -> None:
+    model, structures = RunFolder(story.undisturbed).round(0).model, waters(1)
+    with pytest.raises(ConfigError, match="nonsense"):
+        predict_pool(HereExecutor(), model, structures, "nonsense", forces=forces)
+    with pytest.raises(ConfigError, match="nonsense"):
+        predict_results(HereExecutor(), model, structures, "nonsense")
 
 
 def test_the_files_of_the_pool_are_read_once(

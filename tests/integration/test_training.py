@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,25 @@ def test_a_state_in_the_middle_of_an_epoch_is_enough(labelled_file: Path, tmp_pa
         with pytest.raises(KillError):
             train(config, interrupt_at(step))
     assert equal(train(config), undisturbed)
+
+
+def test_a_training_goes_on_where_it_was_copied_to_and_on_another_device(
+    labelled_file: Path, tmp_path: Path
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    shutil.copy(labelled_file, before / "train.xyz")
+    undisturbed = train(train_config(before / "train.xyz", tmp_path / "a.orbcalc"))
+    with pytest.raises(KillError):
+        train(train_config(before / "train.xyz", before / "b.orbcalc"), interrupt_at(20))
+    shutil.move(before, after)
+    config = train_config(after / "train.xyz", after / "b.orbcalc", device="auto")
+    assert equal(train(config), undisturbed) or torch.cuda.is_available()
+    with pytest.raises(KillError):
+        train(config, interrupt_at(20))
+    other = train_config(labelled_file, after / "b.orbcalc")
+    with pytest.raises(CheckpointError, match="unfinished training of another configuration"):
+        train(other)
 
 
 def test_another_configuration_does_not_go_on_with_these_members(

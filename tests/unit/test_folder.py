@@ -67,6 +67,26 @@ def test_another_run_is_refused(config: RunConfig, change: dict[str, object]) ->
         folder.prepare(config.model_copy(update=change))
 
 
+def test_a_text_that_looks_like_a_number_stays_a_text(config: RunConfig) -> None:
+    reference = ReferenceConfig(version="12e4567", arguments={"Hamiltonian_SCCTolerance": "1e-8"})
+    odd = config.model_copy(update={"labels": LabelConfig(reference=reference)})
+    folder = begin(odd)
+    assert load_config(folder.config_file, RunConfig) == odd
+    folder.prepare(odd)
+
+
+def test_one_process_at_a_time(config: RunConfig) -> None:
+    folder = RunFolder(config.output)
+    with (
+        folder.locked(),
+        pytest.raises(ConfigError, match="another process is at work in"),
+        RunFolder(config.output).locked(),
+    ):
+        raise AssertionError
+    with RunFolder(config.output).locked():
+        pass
+
+
 def test_what_has_not_begun_may_be_corrected(config: RunConfig) -> None:
     folder = RunFolder(config.output)
     folder.prepare(config)
@@ -129,9 +149,13 @@ def test_the_pool_grows_in_order_and_without_duplicates(config: RunConfig) -> No
 
 
 @pytest.mark.parametrize(
-    "value", ["", "a\nb", "a\r\nb", 'say "hi"\n{x}', "F/C=C\\F", "plain", "two words", "_JSON 3"]
+    "value",
+    [
+        *("", "a\nb", "a\r\nb", 'say "hi"\n{x}', "F/C=C\\F", "plain", "two words", "_JSON 3"),
+        *("000123", "1e3", "T", "1 2 3", "[1, 2]", "tab\tx", "ü = 3", " padded ", None),
+    ],
 )
-def test_information_is_read_as_it_was_written(tmp_path: Path, value: str) -> None:
+def test_information_is_read_as_it_was_written(tmp_path: Path, value: str | None) -> None:
     atoms = water()
     atoms.set_cell([5.0, 5.0, 5.0])
     atoms.info |= {"comment": value, 7: "seven"}
@@ -139,6 +163,7 @@ def test_information_is_read_as_it_was_written(tmp_path: Path, value: str) -> No
     write_structures(path, [atoms, atoms])
     for found in read_structures(path):
         assert found.info["comment"] == value
+        assert type(found.info["comment"]) is type(value)
         assert not found.pbc.any()
         assert structure_key(found) == structure_key(atoms)
     assert atoms.info["comment"] == value

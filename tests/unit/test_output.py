@@ -16,7 +16,7 @@ from orbcalc.active.certificate import Certificate, PoolCounts, audit_look
 from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.output import write_output
 from orbcalc.calculator import predict
-from orbcalc.config import PotentialConfig
+from orbcalc.config import PoolConfig, RunConfig
 from orbcalc.labels.label import Label, LabelStatus, Provenance
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import save_model
@@ -26,6 +26,8 @@ from orbcalc.results import results_of
 from orbcalc.structures import structure_key
 
 ORIGIN = Provenance("DFT", "program", "1")
+
+CONFIG = RunConfig(pool=PoolConfig(structures=(Path("pool.xyz"),)), device="cpu")
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def certificate(folder: RunFolder, n_right: int = 4) -> Certificate:
 
 def written(folder: RunFolder, end: Certificate) -> list[Atoms]:
     """Write the output and read it."""
-    counts = write_output(HereExecutor(), folder, LabelStore(folder.labels), end, PotentialConfig())
+    counts = write_output(HereExecutor(), folder, LabelStore(folder.labels), end, CONFIG)
     found: list[Atoms] = ase.io.read(folder.results, ":")
     sources = [atoms.info[POOL_SOURCE] for atoms in found]
     assert counts == {name: sources.count(name) for name in counts}
