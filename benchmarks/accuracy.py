@@ -50,9 +50,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("train", "valid", "test"):
         _write_once(options.out / f"{name}.extxyz", [_bare(a) for a in getattr(data, name)])
-    if model.package == "orbcalc" and (options.charges or options.pool):
-        cache = options.out.parent / f"{data.name}_charges.extxyz"
-        _add_charges(options.out / "train.extxyz", cache)
+    has_baseline = any(option.startswith("potential.baseline=") for option in options.option)
+    if model.package == "orbcalc" and (options.charges or options.pool or has_baseline):
+        for name in ("train", "valid") if has_baseline else ("train",):
+            cache = options.out.parent / f"{data.name}_{name}_labels.extxyz"
+            _add_charges(options.out / f"{name}.extxyz", cache)
     if options.pool:
         pool = [Atoms(a.numbers, a.positions) for a in ase.io.iread(options.pool, ":")]
         _write_once(options.out / "pool.extxyz", pool)

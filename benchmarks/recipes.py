@@ -53,6 +53,8 @@ def orbcalc_config(model: Model, data: DataSet, recipe: Recipe) -> TrainConfig:
         for parent in parents:
             branch = branch.setdefault(parent, {})
         branch[last] = yaml.safe_load(value)
+    if "baseline" in tree["potential"]:
+        del tree["reference_energies"]  # total ones; those of differences are fitted
     default = parse_config(tree, TrainConfig, source="--option").optimizer
     steps = recipe.epochs * -(-len(data.train) // default.batch_size)
     tree["optimizer"] = {

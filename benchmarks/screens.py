@@ -127,10 +127,13 @@ def load_screen(name: str, options: argparse.Namespace) -> Screen:
         found = labelled_qm9(options.data, options.labels, 12_000)
         return gaussian_processes(found, 2000, sizes)
     if name == "qm9-large":
-        sizes = SelectionConfig(initial=2000, batch=2000, audit=600, diversity=1)
+        n_pool = options.pool or 20_000
+        sizes = SelectionConfig(
+            initial=n_pool // 10, batch=n_pool // 10, audit=3 * n_pool // 100, diversity=1
+        )
         optimizer = {"steps": options.steps or 8000, "batch_size": 32}
-        found = labelled_qm9(options.data, options.labels, 20_000)
-        return potentials(found, options.pool or 20_000, sizes, optimizer, kcal_mol=1)
+        found = labelled_qm9(options.data, options.labels, max(n_pool, 20_000))
+        return potentials(found, n_pool, sizes, optimizer, kcal_mol=1)
     sizes = SelectionConfig(initial=60, batch=40, diversity=1)
     small = labelled_qm9(options.data, options.labels, 12_000, max_atoms=14)
     return potentials(small, options.pool or 600, sizes, {"steps": options.steps or 500})

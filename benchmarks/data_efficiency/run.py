@@ -82,6 +82,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=12_000, help="structures at most")
     parser.add_argument("--test", type=int, default=2_000, help="structures at most")
     parser.add_argument("--max-atoms", type=int, help="leave larger structures out")
+    parser.add_argument(
+        "--larger",
+        type=int,
+        default=0,
+        help="structures above --max-atoms, of other catalysts, that get cheap labels only",
+    )
     parser.add_argument("--catalysts", type=int, help="of hydroform22, at random; default: all")
     parser.add_argument(
         "--draw",
@@ -125,7 +131,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     path = options.out / "settings.json"
     if path.exists():
         known = read_json(path)
-        changed = [key for key, value in given.items() if known[key] != value]
+        changed = [key for key, value in given.items() if known.get(key) != value]
         if changed:
             raise SystemExit(f"{options.out} holds runs of other settings: {', '.join(changed)}")
     elif not options.plan:
@@ -134,7 +140,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    return Limits(options.pool, options.test, options.max_atoms, options.catalysts)
+    return Limits(options.pool, options.test, options.max_atoms, options.catalysts, options.larger)
 
 
 # -------------------------------------------------------------------------------- runs
@@ -179,16 +185,18 @@ def _labelled_set(options: argparse.Namespace) -> tuple[DataSet, Labelling]:
     data = load_set(options.data, options.set, _limits(options))
     valid = data.validation(max(options.sizes))
     store = options.labels or options.out / "labels.db"
-    labels = add_labels([*data.pool, *valid, *data.test], store, options.threads)
+    structures = [*data.pool, *valid, *data.test, *data.larger]
+    labels = add_labels(structures, store, options.threads)
     judging = {
         name: [atoms for atoms in structures if XTB_ENERGY in atoms.info]
         for name, structures in (("valid", valid), ("test", data.test))
     }
     left_out = len(valid) + len(data.test) - sum(map(len, judging.values()))
     console.print(
-        f"{data.name}, {data.split}: {len(data.pool)} in the pool, {len(judging['valid'])} for "
-        f"validation at most, {len(judging['test'])} for the test; {labels.failed} GFN1-xTB "
-        f"labels failed, {left_out} of them for validation or test, which go without"
+        f"{data.name}, {data.split}: {len(data.pool)} in the pool and {len(data.larger)} larger "
+        f"ones, {len(judging['valid'])} for validation at most, {len(judging['test'])} for the "
+        f"test; {labels.failed} GFN1-xTB labels failed, {left_out} of them for validation or "
+        "test, which go without"
     )
     return replace(data, **judging), labels
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
@@ -57,6 +57,8 @@ class Limits:
     """Larger structures are left out."""
     catalysts: int | None = None
     """Catalysts of hydroform22 that are used in all."""
+    larger: int = 0
+    """Structures above `max_atoms` that join the pool with cheap labels only, at most."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class DataSet:
     test: list[Atoms]
     split: str
     """How it was divided, in words."""
+    larger: list[Atoms] = field(default_factory=list)
+    """Structures for cheap labels only, at random, of groups that are in no other part."""
 
     def labelled(self, size: int, seed: int, draw: str = "group") -> list[int]:
         """Return which structures of the pool a run gets expensive labels of.
@@ -124,8 +128,9 @@ def load_set(folder: Path, name: str, limits: Limits) -> DataSet:
     """
     if name == "qm9":
         return _load_qm9(folder / "qm9_b3lyp.npz", limits)
-    structures = _read(folder / f"{name}.extxyz.gz")
+    structures, larger = _read(folder / f"{name}.extxyz.gz"), []
     if limits.max_atoms is not None:
+        larger = [atoms for atoms in structures if len(atoms) > limits.max_atoms]
         structures = [atoms for atoms in structures if len(atoms) <= limits.max_atoms]
     rng = np.random.default_rng(_SPLIT_SEED)
     order = _grouped_order(structures, rng, limits.catalysts)
@@ -137,12 +142,15 @@ def load_set(folder: Path, name: str, limits: Limits) -> DataSet:
     pool = [atoms for rank, atoms in ranked if rank >= 0.3][: limits.pool]
     known = {z for atoms in pool for z in _elements(atoms)}
     judging = [(rank, atoms) for rank, atoms in ranked if rank < 0.3 and _elements(atoms) <= known]
+    larger = [atoms for atoms in larger if _group(atoms) not in part and _elements(atoms) <= known]
+    chosen = np.random.default_rng(_SPLIT_SEED).permutation(len(larger))[: limits.larger]
     return DataSet(
         name,
         pool,
         [atoms for rank, atoms in judging if rank >= 0.2],
         [atoms for rank, atoms in judging if rank < 0.2][: limits.test],
         f"at random by {kind}: 20 % test, 10 % validation, the others are the pool",
+        [larger[i] for i in chosen],
     )
 
 

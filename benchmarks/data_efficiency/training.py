@@ -174,13 +174,16 @@ def _training_structures(
 ) -> tuple[list[Atoms], list[str]]:
     """Return what is trained on, and whose GFN1 labels are used."""
     chosen = data.labelled(run.size, run.seed, draw)
-    others = sorted({*range(len(data.pool))} - {*chosen}) if arm.pool else []
-    structures = [_prepared(data.pool[i], arm) for i in chosen]
-    structures += [_prepared(data.pool[i], arm, cheap_only=True) for i in others]
+    labelled, cheap = [data.pool[i] for i in chosen], list[Atoms]()
+    if arm.pool:
+        others = sorted({*range(len(data.pool))} - {*chosen})
+        cheap = [*(data.pool[i] for i in others), *data.larger]
+    structures = [_prepared(atoms, arm) for atoms in labelled]
+    structures += [_prepared(atoms, arm, cheap_only=True) for atoms in cheap]
     if arm.shuffled:
         shuffle_blocks(structures, run.seed)
     uses_gfn1 = arm.needs_xtb or (arm.tasks and not arm.dft)
-    used = [structure_key(data.pool[i]) for i in (*chosen, *others)] if uses_gfn1 else []
+    used = [structure_key(atoms) for atoms in (*labelled, *cheap)] if uses_gfn1 else []
     return structures, used
 
 
