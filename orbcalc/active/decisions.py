@@ -36,6 +36,9 @@ __all__ = [
 Indices = Int[np.ndarray, " k"]
 Stream = Literal["training", "audit", "batch", "md", "order"]
 
+#: Share of a batch that an audit has before it is given up.
+PATIENCE = 0.05
+
 #: Independent random streams of a round.
 _STREAMS: dict[Stream, int] = {"training": 0, "audit": 1, "batch": 2, "md": 3, "order": 4}
 
@@ -153,14 +156,17 @@ def take_look(
     return audit_look(counts, hit, failed=fail, method=options.method, **terms)
 
 
-def is_decided(look: Look, options: CertificateConfig) -> bool:
+def is_decided(look: Look, selection: SelectionConfig, options: CertificateConfig) -> bool:
     """Tell whether an audit that has come so far is ended.
 
     It is where the look is certified, and where it will hardly be: if the rest of the pool is as
-    the audit so far, then the target is missed.
+    the audit so far, then the target is missed. That is not believed of few structures where a
+    batch, which is the price of giving up, is large.
     """
     if look.certified:
         return True
+    if look.n_audit < PATIENCE * selection.batch:
+        return False
     size, rest = max(look.n_audit, 1), look.n_inference - look.n_audit
     lost = look.n_failed + look.n_audit_failed
     if lost + rest * look.n_audit_misses / size > (1 - options.accuracy) * look.n_pool:

@@ -616,7 +616,9 @@ def test_an_element_that_no_model_knows_yet_is_the_hardest_and_a_miss(
     assert (before.first.elements, after.first.elements) == ((1, 8), (1, 7, 8))
 
 
-def no_numbers_for_two(executor: Executor, model: Path, structures: Any) -> list[dict[str, Any]]:
+def no_numbers_for_two(
+    executor: Executor, model: Path, structures: Any, device: str
+) -> list[dict[str, Any]]:
     """Predict NaN for the first structure, and nothing at all for the second."""
     good = {"energy": -1.0, "uncertainty": 0.1, "features": np.zeros(4)}
     bad = {"energy": np.nan, "uncertainty": np.nan, "features": np.full(4, np.nan)}
@@ -640,7 +642,7 @@ def test_nan_predictions_are_the_hardest_and_never_hits(
     assert not set(unpredicted) & set(selection["predictions"])
     assert json.loads(folder.round(1).selection.read_text()) == selection
     others = [k for k in structures if k not in unpredicted][:3]
-    rigged = {"audit": [*unpredicted, *others], "batch": [], "predictions": {}}
+    rigged = {"open": 30, "audit": [*unpredicted, *others], "batch": [], "predictions": {}}
     second.label("audit", [structures[key] for key in rigged["audit"]])
     rigged["predictions"] = {
         key: {"energy": float(label.values["energy"]), "uncertainty": 0.1}

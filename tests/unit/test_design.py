@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orbcalc.active.decisions import choose_batch, reason_to_end
+from orbcalc.active.decisions import choose_batch, is_decided, reason_to_end
 from orbcalc.active.design import InferenceSetDesign, largest_errors
 from orbcalc.active.looks import PoolCounts, audit_look
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
@@ -344,3 +344,14 @@ def test_it_loads_neither_chemistry_nor_networks() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("batch", "misses", "decided"),
+    [(400, 3, True), (1000, 3, False), (400, 2, False), (1000, 0, False)],
+)
+def test_an_audit_is_given_up_when_it_has_cost_a_part_of_the_batch(batch, misses, decided):
+    hit = np.arange(40) >= misses
+    look = audit_look(PoolCounts(60_000, 19_820, 0), hit, look=3, gamma=0.95, delta=0.05)
+    rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
+    assert is_decided(look, SelectionConfig(batch=batch), rules) is decided
