@@ -209,7 +209,7 @@ class OrbcalcCalculator(Calculator):
         warn_of_unseen_electrons(atoms, self._electrons)
         # Checked before each search, which a cell that is not finite would end the process in.
         neighbors = self._skin_list.update(atoms, check_structure)
-        refuse_overlap(*neighbors.closest(atoms), atoms.get_chemical_formula())
+        refuse_overlap(atoms, *neighbors.closest(atoms))
         return AtomGraph.from_atoms(atoms, self.model.cutoff, neighbors)
 
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import vesin
 from ase import Atoms
-from ase.geometry import complete_cell
 from jaxtyping import Bool, Float, Int
+
+from orbcalc.structures import closed_cell
 
 __all__ = ["NeighborList", "SkinList", "neighbor_list"]
 
@@ -87,8 +88,8 @@ def _in_a_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
 
     In directions that are open for it, vesin takes time with the square of their length.
     """
-    cell = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
-    along = atoms.positions @ cell.T  # the open ones are unit vectors, normal to all others
+    cell = closed_cell(atoms)
+    along = atoms.positions @ cell.T
     first = np.where(atoms.pbc, 0.0, along.min(axis=0) - cutoff)
     lengths = np.where(atoms.pbc, 1.0, np.ptp(along, axis=0) + 2 * cutoff)
     return atoms.positions - first @ cell, cell * lengths[:, None]

@@ -14,6 +14,7 @@ import numpy as np
 from ase import Atoms
 from ase.geometry import complete_cell, minkowski_reduce
 from ase.utils import string2index
+from jaxtyping import Float
 from scipy.spatial import cKDTree
 
 from orbcalc.errors import StructureError
@@ -23,6 +24,7 @@ __all__ = [
     "as_atoms",
     "charge_and_multiplicity",
     "check_structure",
+    "closed_cell",
     "geometry",
     "has_volume",
     "hold_out",
@@ -154,12 +156,13 @@ def check_structure(atoms: Atoms, name: str | None = None) -> None:
             f"are positions or cell in another unit?"
         )
     charge_and_multiplicity(atoms)
-    refuse_overlap(*_closest_overlap(atoms), name)
+    refuse_overlap(atoms, *_closest_overlap(atoms), name)
 
 
-def refuse_overlap(i: int, j: int, distance: float, name: str) -> None:
+def refuse_overlap(atoms: Atoms, i: int, j: int, distance: float, name: str | None = None) -> None:
     """Raise `StructureError` if two atoms are nearer than any method is made for."""
     if distance < MIN_DISTANCE:
+        name = name or atoms.get_chemical_formula()
         raise StructureError(
             f"atoms {i} and {j} of {name} are {distance:.3f} Å apart: "
             f"they overlap (limit {MIN_DISTANCE} Å). Correct the structure."
@@ -216,9 +219,15 @@ def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> li
     return chosen
 
 
+def closed_cell(atoms: Atoms) -> Float[np.ndarray, "3 3"]:
+    """Return the cell vectors of periodic directions, and unit vectors normal to all for others."""
+    cell: np.ndarray = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
+    return cell
+
+
 def _extent(atoms: Atoms) -> float:
     """Return the largest length of a structure: of a cell vector, or along an open direction."""
-    cell = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
+    cell = closed_cell(atoms)
     lengths = np.where(
         atoms.pbc, np.linalg.norm(cell, axis=1), np.ptp(atoms.positions @ cell.T, axis=0)
     )

@@ -185,8 +185,7 @@ def _labelled_set(options: argparse.Namespace) -> tuple[DataSet, Labelling]:
     data = load_set(options.data, options.set, _limits(options))
     valid = data.validation(max(options.sizes))
     store = options.labels or options.out / "labels.db"
-    structures = [*data.pool, *valid, *data.test, *data.larger]
-    labels = add_labels(structures, store, options.threads)
+    labels = add_labels([*data.pool, *valid, *data.test, *data.larger], store, options.threads)
     judging = {
         name: [atoms for atoms in structures if XTB_ENERGY in atoms.info]
         for name, structures in (("valid", valid), ("test", data.test))

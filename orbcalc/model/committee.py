@@ -141,11 +141,15 @@ class Committee(nn.Module):
                 energy_interval_95=energy * scale.energy_95,
             )
         forces = _score(result.atom_rigidity, result.forces_spread, scale.forces_spread_weight)
-        factors = scale.forces, scale.forces_95
-        if forces is not None and result.forces is not None and None not in factors:
-            sizes = [forces * factor for factor in factors if factor is not None]
-            result = replace(result, forces_uncertainty=sizes[0], forces_interval_95=sizes[1])
-        return result
+        if forces is None or result.forces is None:
+            return result
+        if scale.forces is None or scale.forces_95 is None:
+            return result
+        return replace(
+            result,
+            forces_uncertainty=forces * scale.forces,
+            forces_interval_95=forces * scale.forces_95,
+        )
 
 
 def _spreads(predictions: Sequence[Prediction]) -> dict[str, Tensor]:

@@ -256,9 +256,7 @@ def _row(facts: RoundFacts, run: RunFacts) -> dict[str, str]:
         "mae": _milli(sample.mae if sample else None),
         "batch_mae": _milli(acquired),
         "inside": "–" if share is None else f"{100 * share:.0f}",
-        "bound": "–"
-        if facts.look is None
-        else at_least(facts.look.accuracy_bound, 1, percent=True),
+        "bound": at_least(facts.look.accuracy_bound, 1, percent=True) if facts.look else "–",
         "valid_energy": _milli(facts.valid_errors.get("energy_mae")),
         "valid_forces": _milli(facts.valid_errors.get("forces_mae")),
         "state": "" if facts.finished or run.ended_in(facts.number) else "open",
