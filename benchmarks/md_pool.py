@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ase.io
@@ -18,7 +18,7 @@ from orbcalc.labels.xtb import make_ase_calculator
 __all__ = ["walk"]
 
 #: fs.
-TIMESTEP, FRICTION_TIME = 0.5, 50.0
+FRICTION_TIME = 50.0
 #: Steps of each walker before its first structure.
 SETTLE = 40
 
@@ -31,8 +31,9 @@ def walk(
     samples: int,
     every: int,
     seed: int,
-) -> list[Atoms]:
-    """Return structures of GFN1-xTB Langevin dynamics, without labels.
+    timestep: float = 0.5,
+) -> Iterator[Atoms]:
+    """Yield structures of GFN1-xTB Langevin dynamics, without labels.
 
     Parameters
     ----------
@@ -46,16 +47,17 @@ def walk(
         Steps between structures.
     seed
         Of the choice and the dynamics.
+    timestep
+        fs.
     """
     rng = np.random.default_rng(seed)
-    found: list[Atoms] = []
     for start in track(rng.permutation(len(known))[:walkers].tolist(), description="walkers"):
         atoms = Atoms(known[start].numbers, known[start].positions)
         atoms.calc = make_ase_calculator("GFN1-xTB", atoms)
         thermalize_momenta(atoms, temperature, rng=rng)
         dynamics = Langevin(
             atoms,
-            TIMESTEP * units.fs,
+            timestep * units.fs,
             temperature_K=temperature,
             friction=1 / (FRICTION_TIME * units.fs),
             fixcm=False,
@@ -64,22 +66,26 @@ def walk(
         dynamics.run(SETTLE)
         for _ in range(samples):
             dynamics.run(every)
-            found.append(Atoms(atoms.numbers, atoms.positions))
-    return found
+            yield Atoms(atoms.numbers, atoms.positions)
 
 
 def main() -> None:
     """Read the command line, run the walkers and write their structures."""
     options = _options()
-    found = walk(
+    structures = walk(
         list(ase.io.iread(options.start, ":")),
         options.temperature,
         walkers=options.walkers,
         samples=options.samples,
         every=options.every,
         seed=options.seed,
+        timestep=options.timestep,
     )
-    ase.io.write(options.out, found, format="extxyz")
+    # Each as it comes, so that a walk that is ended early has made a smaller pool.
+    with options.out.open("w", encoding="utf-8") as file:
+        for atoms in structures:
+            ase.io.write(file, atoms, format="extxyz")
+            file.flush()
 
 
 def _options() -> argparse.Namespace:
@@ -90,6 +96,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--walkers", type=int, default=40)
     parser.add_argument("--samples", type=int, default=60, help="structures of each walker")
     parser.add_argument("--every", type=int, default=20, help="steps between structures")
+    parser.add_argument("--timestep", type=float, default=0.5, help="fs")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 

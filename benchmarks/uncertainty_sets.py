@@ -116,7 +116,7 @@ def acac_gfn2(data: Path, seed: int) -> Problem:
     """Acetylacetone at 300 K, and at higher temperatures."""
     known = acac(data, seed)
     hot = {
-        f"{kelvin} K": walk(known.train, kelvin, walkers=20, samples=15, every=40, seed=seed)
+        f"{kelvin} K": list(walk(known.train, kelvin, walkers=20, samples=15, every=40, seed=seed))
         for kelvin in (600, 1200)
     }
     return Problem(known.train, known.valid, {**known.judged, **hot}, known.spare)

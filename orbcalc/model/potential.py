@@ -66,7 +66,8 @@ class Prediction:
     """How far the last layer of a structure, and of each atom, is from those of the training set;
     uncertainties up to a factor. See `training.calibration`."""
     last_layer: Float[Tensor, "n_structures n_last"] | None = None
-    """What the energy head's part of the energy is a linear function of."""
+    """What the energy is a linear function of: the last layer of the energy head, summed over the
+    atoms, and how many atoms there are of each element."""
     features: Float[Tensor, "n_structures channels"] | None = None
     """Mean over atoms of the last scalar update: where a structure lies in the latent space."""
 
@@ -123,7 +124,7 @@ class Potential(nn.Module):
                 statistics.charge_shift,
                 statistics.charge_scale,
             )
-        n_last = self.energy_head.readout.in_features
+        n_last = self.energy_head.readout.in_features + len(self.elements)
         self.register_buffer("whitening", torch.zeros(n_last, n_last))
         diagonal = torch.as_tensor(diagonal_basis(), dtype=torch.float64)
         self.register_buffer("diagonal", diagonal, persistent=False)
@@ -209,7 +210,7 @@ class Potential(nn.Module):
             )
             found = self._charges(nodes, elements, graph) if with_charges else {}
             if "rigidity" in properties:
-                found |= self._rigidity(nodes, graph)
+                found |= self._rigidity(nodes, elements, graph)
             atomic = self.energy_head(nodes).double() * self.energy_scale
             wants_xtb = self.config.xtb_head == "baseline" or "xtb_energy" in properties
             if self.xtb_head is not None and (wants_xtb or xtb_forces):
@@ -230,7 +231,9 @@ class Potential(nn.Module):
                 )
                 found |= {"forces": forces, "stress": stress}
         if "last_layer" in properties:
-            found["last_layer"] = graph.sum_over_atoms(self.energy_head.last_layer(nodes))
+            last = self.energy_head.last_layer(nodes)
+            kinds = nn.functional.one_hot(elements, len(self.elements)).to(last)
+            found["last_layer"] = graph.sum_over_atoms(torch.cat([last, kinds], dim=-1))
         if "features" in properties:
             count = graph.n_atoms_of_structure[:, None]
             found["features"] = graph.sum_over_atoms(nodes.updates[-1]) / count
@@ -256,9 +259,13 @@ class Potential(nn.Module):
                     f"Use a potential that was trained on {symbol}."
                 )
 
-    def _rigidity(self, nodes: NodeFeatures, graph: AtomGraph) -> dict[str, Tensor]:
-        """Return norms of the whitened last layer."""
-        white = self.energy_head.last_layer(nodes).detach() @ self.get_buffer("whitening")
+    def _rigidity(
+        self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph
+    ) -> dict[str, Tensor]:
+        """Return norms of the whitened last layer, that of reference energies included."""
+        last = self.energy_head.last_layer(nodes).detach()
+        of_layer, of_elements = self.get_buffer("whitening").tensor_split([last.shape[1]])
+        white = last @ of_layer + of_elements[elements]
         return {
             "energy_rigidity": graph.sum_over_atoms(white).norm(dim=-1),
             "atom_rigidity": white.norm(dim=-1),

@@ -1,7 +1,8 @@
 """How sure a model is: sizes of its errors, measured on structures held out.
 
 The rigidity of the last layer (LLPR, Bigi 2024, 2403.02251) says which errors are large: with
-``f`` the sum over atoms of what the energy is a linear function of, the variance of the energy is
+``f`` the sum over atoms of what the energy is a linear function of (the last layer, and the numbers
+of atoms of each element, by which reference energies count), the variance of the energy is
 ``α² fᵀ (F + ζ)⁻¹ f`` where ``F = Σ f fᵀ / n²`` over the training set, whose loss is that of
 energies per atom. It is stored as a matrix ``W`` with ``W Wᵀ = (F + ζ)⁻¹``, so that the standard
 deviation is the norm of ``Wᵀ f``; for one atom, with its own part of ``f``, the same norm stands
@@ -124,12 +125,9 @@ def _column(values: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _joined(rows: Sequence[tuple[Tensor, ...]]) -> _HeldOut:
-    """Join batches, without what has no label, and without lone atoms if there are others."""
+    """Join batches, without what has no label."""
     errors, rigidity, spread = (torch.cat(column) for column in zip(*rows, strict=True))
     known = errors.isfinite().all(1)
-    if rigidity.any():
-        # Without neighbours all members give the reference energy: no factor makes 0 an error.
-        known &= rigidity[:, 0] > 0
     return _HeldOut(errors[known], rigidity[known], spread[known])
 
 
@@ -152,14 +150,13 @@ def _measure_rigidity(
     buffer.zero_()  # it may be that of an earlier training
     known, _, n_known = _last_layers(potential, train, batch_size)
     new, errors, n_new = _last_layers(potential, valid, batch_size)
-    told = new.any(1)  # a lone atom has its reference energy, whatever the factor
-    new, errors, n_new = new[told], errors[told], n_new[told]
     if len(known) == 0 or len(new) == 0:
         return
     per_atom = known / n_known[:, None]
-    values, vectors = torch.linalg.eigh(per_atom.T @ per_atom)
+    scales = _column_scales(per_atom, len(potential.elements))
+    values, vectors = torch.linalg.eigh((per_atom * scales).T @ (per_atom * scales))
     values = values.clamp_min(0.0)
-    projected = (new @ vectors) ** 2
+    projected = ((new * scales) @ vectors) ** 2
     roots = n_new.sqrt()
 
     def unlikelihood(factor: float) -> float:
@@ -168,7 +165,18 @@ def _measure_rigidity(
 
     factor = min(_REGULARISERS, key=unlikelihood)
     whitening = vectors / (values + factor * values.mean()).sqrt()
-    buffer.copy_(whitening.to(buffer))
+    buffer.copy_((scales[:, None] * whitening).to(buffer))
+
+
+def _column_scales(
+    per_atom: Float[Tensor, "n n_last"], n_elements: int
+) -> Float[Tensor, " n_last"]:
+    """Return factors that make the shares of elements, the last columns, as large as the others."""
+    scales = torch.ones_like(per_atom[0])
+    size = per_atom[:, :-n_elements].square().sum(1).mean().sqrt()
+    if size > 0:  # not if all are lone atoms
+        scales[-n_elements:] = size
+    return scales
 
 
 def _last_layers(

@@ -116,23 +116,43 @@ def test_a_quantile_leaves_room_for_few(calibrated: Committee) -> None:
     assert ratios[4] == pytest.approx(1.0)  # rank ⌈6 x 0.68⌉ = 5 of 5
 
 
-@pytest.mark.parametrize("n_members", [1, 2, 3])
-def test_a_lone_atom_held_out_changes_nothing(
-    make_potential: MakePotential, n_members: int
-) -> None:
-    """It has its reference energy, and neither rigidity nor spread: nothing to be scaled."""
+def far_apart(atoms: Atoms) -> Atoms:
+    """Return the same atoms, each without neighbours."""
+    apart = Atoms(atoms.numbers, 50.0 * np.arange(len(atoms))[:, None] * [1.0, 0.0, 0.0])
+    apart.info[REF_ENERGY] = 0.0
+    apart.arrays[REF_FORCES] = np.zeros((len(atoms), 3))
+    return apart
+
+
+@pytest.mark.parametrize("n_members", [1, 2])
+def test_it_is_not_sure_of_lone_atoms(make_potential: MakePotential, n_members: int) -> None:
+    """They are beyond the reach of the last layer; what reference energies come to is not."""
     raw = Committee([make_potential("none", seed=seed) for seed in range(n_members)])
     train, valid = rattled(raw, 12, 0.03), rattled(raw, 20, 0.05, error=0.2)
-    lone = Atoms("O", cell=[15.0] * 3, pbc=True)
-    (result,) = predict(raw, [lone])
-    lone.info[REF_ENERGY] = result["energy"] + 0.5
+    found = calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
+    usual, apart, lone = predict(found, [valid[0], far_apart(valid[0]), Atoms("O")])
+    assert apart["energy_uncertainty"] > 0.5 * usual["energy_uncertainty"]
+    assert lone["energy_uncertainty"] > 0.5 * usual["energy_uncertainty"] / len(valid[0])
+
+
+def test_lone_atoms_held_out_count_as_others_do(make_potential: MakePotential) -> None:
+    raw = Committee([make_potential("none")])
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 20, 0.05, error=0.2)
+    lone = Atoms("O")
+    lone.info[REF_ENERGY] = predict(raw, [lone])[0]["energy"] + 1e3
     lone.arrays[REF_FORCES] = np.zeros((1, 3))
-    expected, found = (
-        calibrate(raw, LabelDataset(train, 4.0), LabelDataset(held_out, 4.0))
-        for held_out in (valid, [*valid, lone])
-    )
-    for name, value in vars(expected.calibration).items():
-        assert getattr(found.calibration, name) == pytest.approx(value, rel=1e-9), name
+    parts = LabelDataset(train, 4.0), LabelDataset([*valid, *[lone] * 20], 4.0)
+    found = calibrate(raw, *parts)
+    (result,) = predict(found, [lone])
+    assert result["energy_interval_95"] == pytest.approx(1e3)
+
+
+def test_lone_atoms_alone_can_calibrate(make_potential: MakePotential) -> None:
+    raw = Committee([make_potential("none")])
+    atoms = [far_apart(Atoms(formula)) for formula in ("H", "O", "H2", "HO")]
+    found = calibrate(raw, LabelDataset(atoms, 4.0), LabelDataset(atoms, 4.0))
+    for result in predict(found, [*atoms, structures.water()]):
+        assert 0 < result["energy_uncertainty"] < np.inf
 
 
 def test_it_is_less_sure_of_what_it_has_not_seen(calibrated: Committee) -> None:
