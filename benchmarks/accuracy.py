@@ -50,9 +50,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("train", "valid", "test"):
         _write_once(options.out / f"{name}.extxyz", [_bare(a) for a in getattr(data, name)])
-    has_baseline = any(option.startswith("potential.baseline=") for option in options.option)
-    if model.package == "orbcalc" and (options.charges or options.pool or has_baseline):
-        for name in ("train", "valid") if has_baseline else ("train",):
+    recipe = _recipe(options)
+    if model.package == "orbcalc" and (recipe.charges or recipe.pool or recipe.above_xtb):
+        for name in ("train", "valid") if recipe.above_xtb else ("train",):
             cache = options.out.parent / f"{data.name}_{name}_labels.extxyz"
             _add_charges(options.out / f"{name}.extxyz", cache)
     if options.pool:
@@ -100,6 +100,16 @@ def _options() -> argparse.Namespace:
         help="a key of orbcalc's configuration (optimizer.batch_size=8) or an argument of MACE",
     )
     return parser.parse_args()
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    return Recipe(
+        options.seed,
+        options.device,
+        options.charges,
+        options.pool is not None,
+        tuple(options.option),
+    )
 
 
 # -------------------------------------------------------------------------- structures
@@ -183,19 +193,12 @@ def _settings(
     options: argparse.Namespace, model: Model, data: DataSet, epochs: int
 ) -> str | list[str]:
     """Return what the worker is to train with; a copy for people is written beside it."""
-    chosen = Recipe(
-        epochs,
-        options.seed,
-        options.device,
-        options.charges,
-        options.pool is not None,
-        tuple(options.option),
-    )
+    recipe = _recipe(options)
     if model.package == "orbcalc":
-        config = orbcalc_config(model, data, chosen)
+        config = orbcalc_config(model, data, recipe, epochs)
         (options.out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         return "config.yaml"
-    arguments = mace_arguments(model, data, chosen)
+    arguments = mace_arguments(model, data, recipe, epochs)
     command = " \\\n    ".join(shlex.quote(part) for part in ("mace_run_train", *arguments))
     (options.out / "command.sh").write_text(command + "\n", encoding="utf-8")
     return arguments

@@ -22,7 +22,6 @@ VALIDATIONS = 20
 class Recipe:
     """What is chosen for one training."""
 
-    epochs: int
     seed: int
     device: str
     charges: bool
@@ -32,8 +31,13 @@ class Recipe:
     options: tuple[str, ...] = ()
     """KEY=VALUE, of a configuration of orbcalc or a command line of MACE."""
 
+    @property
+    def above_xtb(self) -> bool:
+        """Whether orbcalc learns the difference from computed GFN1-xTB."""
+        return "potential.baseline=GFN1-xTB" in self.options
 
-def orbcalc_config(model: Model, data: DataSet, recipe: Recipe) -> TrainConfig:
+
+def orbcalc_config(model: Model, data: DataSet, recipe: Recipe, epochs: int) -> TrainConfig:
     """Return the defaults of orbcalc, with as many steps as the epochs have."""
     tree: dict[str, Any] = {
         "train": ["train.extxyz", "pool.extxyz"] if recipe.pool else "train.extxyz",
@@ -53,10 +57,10 @@ def orbcalc_config(model: Model, data: DataSet, recipe: Recipe) -> TrainConfig:
         for parent in parents:
             branch = branch.setdefault(parent, {})
         branch[last] = yaml.safe_load(value)
-    if "baseline" in tree["potential"]:
+    if recipe.above_xtb:
         del tree["reference_energies"]  # total ones; those of differences are fitted
     default = parse_config(tree, TrainConfig, source="--option").optimizer
-    steps = recipe.epochs * -(-len(data.train) // default.batch_size)
+    steps = epochs * -(-len(data.train) // default.batch_size)
     tree["optimizer"] = {
         "steps": steps,
         "warmup_steps": min(default.warmup_steps, steps // 10),
@@ -66,7 +70,7 @@ def orbcalc_config(model: Model, data: DataSet, recipe: Recipe) -> TrainConfig:
     return parse_config(tree, TrainConfig, source="--option")
 
 
-def mace_arguments(model: Model, data: DataSet, recipe: Recipe) -> list[str]:
+def mace_arguments(model: Model, data: DataSet, recipe: Recipe, epochs: int) -> list[str]:
     """Return the arguments of the example in MACE's README, for as many epochs.
 
     Its learning rate and weights of energy and forces are defaults, spelled out here. Its second
@@ -86,8 +90,8 @@ def mace_arguments(model: Model, data: DataSet, recipe: Recipe) -> list[str]:
         "lr": 0.01,
         "energy_weight": 1.0,
         "forces_weight": 100.0,
-        "max_num_epochs": recipe.epochs,
-        "start_swa": max(round(0.8 * recipe.epochs), 1),
+        "max_num_epochs": epochs,
+        "start_swa": max(round(0.8 * epochs), 1),
         "swa_energy_weight": 1000.0,
         "swa_forces_weight": 100.0,
         "ema_decay": 0.99,
