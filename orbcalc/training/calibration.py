@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from orbcalc.graph import AtomGraph
 from orbcalc.model.committee import Calibration, Committee, joined_score
-from orbcalc.model.potential import Potential
-from orbcalc.training.dataset import LabelDataset
+from orbcalc.model.potential import Potential, Prediction
+from orbcalc.training.dataset import LabelDataset, Targets
 from orbcalc.training.trainer import on_device
 
 __all__ = ["calibrate"]
@@ -106,12 +107,16 @@ def _held_out(
     for graph, targets in on_device(valid, batch_size, committee.first):
         prediction = committee(graph, ("energy", "forces"))
         assert prediction.forces is not None
-        error = prediction.energy - targets.energy
-        row = (error, prediction.energy_rigidity, prediction.energy_spread)
+        row = (
+            _energy_errors(prediction, targets, graph),
+            prediction.energy_rigidity,
+            prediction.energy_spread,
+        )
         roots = graph.n_atoms_of_structure.double().sqrt()
         energies.append(tuple(_column(values, roots) / roots[:, None] for values in row))
+        has_neighbors = graph.mask.any(1, keepdim=True)
         row = (
-            prediction.forces - targets.forces,
+            torch.where(has_neighbors, prediction.forces - targets.forces, torch.nan),
             prediction.atom_rigidity,
             prediction.forces_spread,
         )
@@ -125,7 +130,7 @@ def _column(values: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _joined(rows: Sequence[tuple[Tensor, ...]]) -> _HeldOut:
-    """Join batches, without what has no label."""
+    """Join batches, without what has no error."""
     errors, rigidity, spread = (torch.cat(column) for column in zip(*rows, strict=True))
     known = errors.isfinite().all(1)
     return _HeldOut(errors[known], rigidity[known], spread[known])
@@ -145,11 +150,17 @@ def _scales(held_out: _HeldOut) -> tuple[float, float, float]:
 def _measure_rigidity(
     potential: Potential, train: LabelDataset, valid: LabelDataset, batch_size: int
 ) -> None:
-    """Set the whitening of the last layer; it is zero without energies."""
+    """Set the whitening of the last layer; it is zero without energies.
+
+    Of an element that is in no structure with an energy, the reference energy is taken to be as
+    uncertain as those of the others are large.
+    """
     buffer = potential.get_buffer("whitening")
     buffer.zero_()  # it may be that of an earlier training
     known, _, n_known = _last_layers(potential, train, batch_size)
     new, errors, n_new = _last_layers(potential, valid, batch_size)
+    told = errors.isfinite()
+    new, errors, n_new = new[told], errors[told], n_new[told]
     if len(known) == 0 or len(new) == 0:
         return
     per_atom = known / n_known[:, None]
@@ -159,12 +170,18 @@ def _measure_rigidity(
     projected = ((new * scales) @ vectors) ** 2
     roots = n_new.sqrt()
 
-    def unlikelihood(factor: float) -> float:
-        rigidity = (projected / (values + factor * values.mean())).sum(1).sqrt()
-        return _unlikelihood(errors / roots, rigidity / roots)
+    def scores(factor: float) -> Tensor:
+        found: Tensor = (projected / (values + factor * values.mean())).sum(1).sqrt() / roots
+        return found
 
-    factor = min(_REGULARISERS, key=unlikelihood)
-    whitening = vectors / (values + factor * values.mean()).sqrt()
+    factor = min(_REGULARISERS, key=lambda f: _unlikelihood(errors / roots, scores(f)))
+    sizes = (values + factor * values.mean()).sqrt()
+    absent = ~known.any(0)
+    absent[: -len(potential.elements)] = False
+    unit = _rms_ratio(errors / roots, scores(factor))
+    # Their eigenvalues are 0: with this scale their rows get the length that is wanted.
+    scales[absent] = _size_of_references(potential) / unit * sizes.min()
+    whitening = vectors / sizes
     buffer.copy_((scales[:, None] * whitening).to(buffer))
 
 
@@ -179,6 +196,25 @@ def _column_scales(
     return scales
 
 
+def _size_of_references(potential: Potential) -> float:
+    """Return the RMS of what is fitted or given for an element, eV, at least the energy scale."""
+    own = potential.reference_energies
+    if potential.config.xtb_head == "baseline":
+        own = own - potential.xtb_reference_energies
+    known = own[own != 0]
+    size = float(known.square().mean().sqrt()) if len(known) else 0.0
+    return max(size, potential.energy_scale)
+
+
+def _energy_errors(
+    prediction: Prediction, targets: Targets, graph: AtomGraph
+) -> Float[Tensor, " n_structures"]:
+    """Return errors in eV; NaN without a label, and where reference energies decide alone."""
+    errors = prediction.energy - targets.energy
+    n_bound = graph.sum_over_atoms(graph.mask.any(1).to(errors))
+    return torch.where(n_bound > 0, errors, torch.nan)
+
+
 def _last_layers(
     potential: Potential, dataset: LabelDataset, batch_size: int
 ) -> tuple[Float[Tensor, "n n_last"], Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -190,8 +226,8 @@ def _last_layers(
             prediction = potential(graph, ("energy", "last_layer"))
         assert prediction.last_layer is not None
         last, n_atoms = prediction.last_layer.double(), graph.n_atoms_of_structure.double()
-        error = prediction.energy - targets.energy
-        rows.append((last[labelled], error[labelled], n_atoms[labelled]))
+        errors = _energy_errors(prediction, targets, graph)
+        rows.append((last[labelled], errors[labelled], n_atoms[labelled]))
     last, errors, n_atoms = (torch.cat(column) for column in zip(*rows, strict=True))
     return last, errors, n_atoms
 

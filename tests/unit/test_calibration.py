@@ -135,24 +135,45 @@ def test_it_is_not_sure_of_lone_atoms(make_potential: MakePotential, n_members: 
     assert lone["energy_uncertainty"] > 0.5 * usual["energy_uncertainty"] / len(valid[0])
 
 
-def test_lone_atoms_held_out_count_as_others_do(make_potential: MakePotential) -> None:
+@pytest.mark.parametrize("n_members", [1, 2])
+def test_lone_atoms_held_out_change_nothing(make_potential: MakePotential, n_members: int) -> None:
+    """Their energies are reference energies, right or wrong, and their forces are zero."""
+    raw = Committee([make_potential("none", seed=seed) for seed in range(n_members)])
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 20, 0.05, error=0.2)
+    lone = Atoms("O", cell=[15.0] * 3, pbc=True)
+    lone.info[REF_ENERGY] = predict(raw, [lone])[0]["energy"] + 0.5
+    lone.arrays[REF_FORCES] = np.zeros((1, 3))
+    expected, found = (
+        calibrate(raw, LabelDataset(train, 4.0), LabelDataset(held_out, 4.0))
+        for held_out in (valid, [*valid, lone])
+    )
+    for name, value in vars(expected.calibration).items():
+        assert getattr(found.calibration, name) == pytest.approx(value, rel=1e-9), name
+
+
+def test_it_is_not_sure_of_an_element_without_energies(make_potential: MakePotential) -> None:
+    """Nothing has told its reference energy, which may be as large as those of the others."""
     raw = Committee([make_potential("none")])
     train, valid = rattled(raw, 12, 0.03), rattled(raw, 20, 0.05, error=0.2)
-    lone = Atoms("O")
-    lone.info[REF_ENERGY] = predict(raw, [lone])[0]["energy"] + 1e3
-    lone.arrays[REF_FORCES] = np.zeros((1, 3))
-    parts = LabelDataset(train, 4.0), LabelDataset([*valid, *[lone] * 20], 4.0)
-    found = calibrate(raw, *parts)
-    (result,) = predict(found, [lone])
-    assert result["energy_interval_95"] == pytest.approx(1e3)
+    strange = far_apart(Atoms("N"))
+    found = calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
+    usual, once, twice = predict(found, [valid[0], strange, far_apart(Atoms("N2"))])
+    size = raw.first.reference_energies.abs().mean()
+    assert usual["energy_uncertainty"] < 0.5
+    assert once["energy_uncertainty"] > 0.3 * size
+    assert twice["energy_uncertainty"] == pytest.approx(2 * once["energy_uncertainty"])
 
 
-def test_lone_atoms_alone_can_calibrate(make_potential: MakePotential) -> None:
+def test_lone_atoms_alone_tell_little(make_potential: MakePotential) -> None:
+    """As the training set they can be calibrated; as the validation set they say nothing."""
     raw = Committee([make_potential("none")])
     atoms = [far_apart(Atoms(formula)) for formula in ("H", "O", "H2", "HO")]
-    found = calibrate(raw, LabelDataset(atoms, 4.0), LabelDataset(atoms, 4.0))
-    for result in predict(found, [*atoms, structures.water()]):
+    valid = rattled(raw, 5, 0.05, error=0.2)
+    found = calibrate(raw, LabelDataset(atoms, 4.0), LabelDataset(valid, 4.0))
+    for result in predict(found, [*atoms, *valid]):
         assert 0 < result["energy_uncertainty"] < np.inf
+    unknown = calibrate(raw, LabelDataset(valid, 4.0), LabelDataset(atoms, 4.0))
+    assert not unknown.has_uncertainty
 
 
 def test_it_is_less_sure_of_what_it_has_not_seen(calibrated: Committee) -> None:
