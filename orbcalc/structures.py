@@ -41,6 +41,9 @@ MIN_DISTANCE = 0.3
 #: Å, of a cell vector or along an open direction: what is longer was not meant.
 MAX_EXTENT = 1e5
 
+#: An atom whose images are farther apart than this (Å) is alone.
+_LONE_BOX = 8.0
+
 #: Positions and cells are hashed in units of this (Å): the last decimal of extxyz files, so that
 #: a structure that was written to one and read back has the same key.
 KEY_RESOLUTION = 1e-8
@@ -198,7 +201,8 @@ def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> li
     """Choose the first structures of an order that the others can do without.
 
     Every element that is held out stays in at least one structure that is not: a potential can
-    be tested on what it has seen only.
+    be tested on what it has seen only. Lone atoms are not chosen, and are not such structures:
+    they tell reference energies, and nothing else can.
 
     Parameters
     ----------
@@ -209,14 +213,24 @@ def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> li
     size
         How many to choose; fewer come back where that is impossible.
     """
-    left = Counter(z for atoms in structures for z in set(atoms.numbers.tolist()))
+    elements_of = [
+        set() if _is_lone_atom(atoms) else set(atoms.numbers.tolist()) for atoms in structures
+    ]
+    left = Counter(z for elements in elements_of for z in elements)
     chosen: list[int] = []
     for index in order:
-        elements = set(structures[index].numbers.tolist())
-        if len(chosen) < size and all(left[z] > 1 for z in elements):
+        elements = elements_of[index]
+        if elements and len(chosen) < size and all(left[z] > 1 for z in elements):
             chosen.append(index)
             left.subtract(elements)
     return chosen
+
+
+def _is_lone_atom(atoms: Atoms) -> bool:
+    if len(atoms) != 1 or not atoms.pbc.any():
+        return len(atoms) == 1
+    cell, _ = minkowski_reduce(complete_cell(atoms.cell.array), atoms.pbc)
+    return bool(np.linalg.norm(cell[atoms.pbc], axis=1).min() > _LONE_BOX)
 
 
 def closed_cell(atoms: Atoms) -> Float[np.ndarray, "3 3"]:

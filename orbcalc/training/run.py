@@ -240,8 +240,9 @@ def split(structures: list[Atoms], fraction: float, seed: int) -> tuple[list[Ato
     labelled = [i for i, atoms in enumerate(structures) if _has_reference(atoms)]
     candidates = labelled or list(range(len(structures)))
     n_valid = max(1, round(fraction * len(candidates)))
-    order = np.random.default_rng(seed).permutation(candidates)
-    held_out = set(hold_out(structures, order.tolist(), n_valid))
+    order = np.random.default_rng(seed).permutation(len(candidates))
+    chosen = hold_out([structures[i] for i in candidates], order.tolist(), n_valid)
+    held_out = {candidates[i] for i in chosen}
     if not held_out or len(held_out) == len(candidates):
         raise ConfigError(
             f"{len(candidates)} labelled structures are too few to hold out {fraction:.0%} for "

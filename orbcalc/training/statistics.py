@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -21,6 +22,8 @@ from orbcalc.properties import BLOCK_IRREPS
 from orbcalc.training.dataset import LabelDataset
 
 __all__ = ["charge_targets", "fit_statistics"]
+
+logger = logging.getLogger(__name__)
 
 #: A spread below this share of the largest one is taken for noise (e).
 _MIN_CHARGE_SCALE = 1e-3
@@ -66,10 +69,12 @@ def fit_statistics(
     )
     if reference_energies is not None:
         reference = _given_energies(reference_energies, elements)
-    elif on_top:
-        reference = xtb_reference + _fit_energies(counts, energies - xtb_energies, is_lone)
     else:
-        reference = _fit_energies(counts, energies, is_lone)
+        _warn_of_unknown(elements, counts[torch.isfinite(energies)])
+        learned = energies - xtb_energies if on_top else energies
+        reference = _fit_energies(counts, learned, is_lone)
+        if on_top:
+            reference = reference + xtb_reference
     residuals = energies - counts @ reference
     if on_top:
         residuals, forces = residuals - xtb_residuals, forces - xtb_forces
@@ -118,6 +123,18 @@ def _fit_energies(counts: Tensor, energies: Tensor, is_lone: Tensor) -> Tensor:
         fit = torch.linalg.lstsq(counts[rows][:, ~known], left, driver="gelsd")
         solution[~known] = fit.solution[:, 0]
     return solution
+
+
+def _warn_of_unknown(elements: list[int], counts: Tensor) -> None:
+    """Tell of elements that are in no structure with an energy, if there are such structures."""
+    unknown = [chemical_symbols[z] for z, n in zip(elements, counts.sum(0), strict=True) if n == 0]
+    if len(counts) and unknown:
+        logger.warning(
+            "no structure with an energy label has %s: energies of structures with it are off by "
+            "an unknown amount for each such atom, and as uncertain. Give reference_energies, or "
+            "an energy label.",
+            ", ".join(unknown),
+        )
 
 
 def _given_energies(given: Mapping[str, float], elements: list[int]) -> Tensor:

@@ -403,6 +403,25 @@ def test_an_element_is_never_only_held_out(
         assert len(valid_set) == 2
 
 
+def test_lone_atoms_and_what_only_cheap_labels_share_are_never_held_out(
+    labelled: list[Atoms], labelled_waters: list[Atoms]
+) -> None:
+    """They fix reference energies; an element without an energy would have none."""
+    iron = next(atoms for atoms in labelled if 26 in atoms.numbers)
+    (cheap_iron,) = stripped([iron], REF_ENERGY, REF_FORCES)
+    lone = [Atoms("O"), Atoms("H", cell=[12.0] * 3, pbc=True)]
+    for atoms in lone:
+        atoms.info[REF_ENERGY] = -1.0
+    for seed in range(20):
+        train_set, valid_set = split([*labelled_waters[:5], iron, cheap_iron, *lone], 0.4, seed)
+        assert all(atoms in train_set for atoms in (iron, *lone))
+        assert len(valid_set) == 3
+    crystal = [Atoms("Al", cell=[[0, a, a], [a, 0, a], [a, a, 0]], pbc=True) for a in (2.0, 2.1)]
+    for atoms in crystal:
+        atoms.info[REF_ENERGY] = -1.0
+    assert [len(part) for part in split(crystal, 0.4, 0)] == [1, 1]
+
+
 def test_a_label_store_trains_like_a_file(label_store: Path, labelled_file: Path) -> None:
     stored, filed = load_labelled((label_store,)), load_labelled((labelled_file,))
     assert [structure_key(a) for a in stored] == [structure_key(a) for a in filed]

@@ -50,6 +50,16 @@ def test_labelled_lone_atoms_are_reference_energies() -> None:
     assert abs(float(without.reference_energies[1]) - LONE[8]) > 1
 
 
+def test_an_element_without_energies_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = LabelDataset([additive("H2O"), additive("H2"), molecule("NH3")], 4.0)
+    fit_statistics(dataset, CONFIG)
+    assert "no structure with an energy label has N:" in caplog.text
+    caplog.clear()
+    fit_statistics(dataset, CONFIG, {"H": -13.0, "N": -1480.0, "O": -2040.0})
+    fit_statistics(LabelDataset([molecule("NH3")], 4.0), CONFIG)  # nothing has an energy
+    assert not caplog.text
+
+
 def test_lone_atoms_alone_are_enough() -> None:
     atoms = [Atoms("H"), Atoms("O"), Atoms("O")]
     for own, energy in zip(atoms, (-13.0, -2040.0, -2042.0), strict=True):
