@@ -230,7 +230,8 @@ class TrainConfig(StrictModel):
     start_from: Path | None = Field(
         default=None,
         description="a model whose weights to begin with, if it has the same architecture, "
-        "elements and number of members; its reference energies and scales are kept",
+        "elements and number of members; its scales are kept, and its reference energies moved "
+        "where the labels are of another method",
     )
     reference_energies: dict[str, float] | None = Field(
         default=None,

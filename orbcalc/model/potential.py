@@ -158,6 +158,10 @@ class Potential(nn.Module):
             self._reference_energies = self._reference_energies.to(self.element_index.device)
         return self._reference_energies
 
+    @reference_energies.setter
+    def reference_energies(self, energies: Float[Tensor, " n_elements"]) -> None:
+        self._reference_energies = energies.detach().to(self.element_index.device, torch.float64)
+
     @property
     def xtb_reference_energies(self) -> Float[Tensor, " n_elements"]:
         """Energy of each lone atom in GFN1-xTB, eV, float64; zero without a head for it."""

@@ -21,7 +21,7 @@ from orbcalc.orbitals import diagonal_basis
 from orbcalc.properties import BLOCK_IRREPS
 from orbcalc.training.dataset import LabelDataset
 
-__all__ = ["charge_targets", "fit_statistics"]
+__all__ = ["charge_targets", "fit_reference_energies", "fit_statistics", "given_energies"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +51,24 @@ def fit_statistics(
     ConfigError
         If reference energies are given, but not for every element.
     """
-    elements = dataset.elements
-    counts = torch.stack(
-        [torch.bincount(g.numbers, minlength=119)[elements].double() for g in dataset.graphs]
-    )
+    elements, counts = dataset.elements, _counts(dataset)
     energies = torch.cat([targets.energy for targets in dataset.targets])
     forces = torch.cat([targets.forces for targets in dataset.targets])
     xtb_energies = torch.cat([targets.xtb_energy for targets in dataset.targets])
     xtb_forces = torch.cat([targets.xtb_forces for targets in dataset.targets])
     n_atoms = counts.sum(1)
-    is_lone = torch.tensor([_is_lone_atom(graph) for graph in dataset.graphs])
-    xtb_reference = _fit_energies(counts, xtb_energies, is_lone)
+    xtb_reference = fit_reference_energies(dataset, xtb_energies)
     xtb_residuals = xtb_energies - counts @ xtb_reference
     # What is learned from the reference labels: the energy, or its difference from GFN1-xTB.
     on_top = config.xtb_head == "baseline" and bool(
         torch.isfinite(energies + xtb_energies).any() or torch.isfinite(forces + xtb_forces).any()
     )
     if reference_energies is not None:
-        reference = _given_energies(reference_energies, elements)
+        reference = given_energies(reference_energies, elements)
     else:
         _warn_of_unknown(elements, counts[torch.isfinite(energies)])
         learned = energies - xtb_energies if on_top else energies
-        reference = _fit_energies(counts, learned, is_lone)
+        reference = fit_reference_energies(dataset, learned)
         if on_top:
             reference = reference + xtb_reference
     residuals = energies - counts @ reference
@@ -90,6 +86,17 @@ def fit_statistics(
     )
 
 
+def fit_reference_energies(
+    dataset: LabelDataset, energies: Float[Tensor, " n_structures"]
+) -> Float[Tensor, " n_elements"]:
+    """Fit energies of elements to energies of structures, eV, NaN for none.
+
+    Elements are those of the data set, sorted; 0 for one that is in no structure with an energy.
+    """
+    is_lone = torch.tensor([_is_lone_atom(graph) for graph in dataset.graphs])
+    return _fit_energies(_counts(dataset), energies, is_lone)
+
+
 def charge_targets(
     blocks: Float[Tensor, "n_atoms 23"], config: PotentialConfig
 ) -> Float[Tensor, "n_atoms n_components"]:
@@ -99,6 +106,13 @@ def charge_targets(
     basis = torch.as_tensor(diagonal_basis(), dtype=blocks.dtype, device=blocks.device)
     absent = torch.isnan(blocks).to(blocks.dtype) @ basis.abs() > 0
     return torch.where(absent, torch.nan, torch.nan_to_num(blocks) @ basis)
+
+
+def _counts(dataset: LabelDataset) -> Float[Tensor, "n_structures n_elements"]:
+    elements = dataset.elements
+    return torch.stack(
+        [torch.bincount(g.numbers, minlength=119)[elements].double() for g in dataset.graphs]
+    )
 
 
 def _is_lone_atom(graph: AtomGraph) -> bool:
@@ -137,7 +151,14 @@ def _warn_of_unknown(elements: list[int], counts: Tensor) -> None:
         )
 
 
-def _given_energies(given: Mapping[str, float], elements: list[int]) -> Tensor:
+def given_energies(given: Mapping[str, float], elements: list[int]) -> Float[Tensor, " n_elements"]:
+    """Return the energies of elements, eV, that a configuration gives.
+
+    Raises
+    ------
+    ConfigError
+        If one is missing, or no element.
+    """
     unknown = [symbol for symbol in given if symbol not in atomic_numbers]
     missing = [chemical_symbols[z] for z in elements if chemical_symbols[z] not in given]
     if unknown or missing:

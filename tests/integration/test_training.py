@@ -490,6 +490,50 @@ def test_training_begins_with_a_model_that_fits(
     assert torch.equal(same.first.reference_energies, start.first.reference_energies)
 
 
+@pytest.mark.parametrize(
+    ("method", "moved"), [("another", True), (None, True), (None, False)], ids=str
+)
+def test_a_start_takes_over_the_energies_of_another_method(
+    labelled_waters: list[Atoms],
+    labelled_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    method: str | None,
+    moved: bool,
+) -> None:
+    """Known by name or by energies that are far off; forces and the network stay as they are."""
+    start = train(train_config(labelled_file, tmp_path / "start.orbcalc"))
+    structures = [atoms.copy() for atoms in labelled_waters]
+    for atoms in structures:
+        atoms.info[REF_ENERGY] += 20.0 * len(atoms) if moved else 0.0
+        atoms.info[REF_METHOD] = method
+        if method is None:
+            del atoms.info[REF_METHOD]
+    other = write_pool(tmp_path / "other.extxyz", structures)
+    with caplog.at_level(logging.WARNING):
+        tuned = train(start_from(other, tmp_path / "start.orbcalc", tmp_path / "b.orbcalc"))
+    assert ("its reference energies are moved" in caplog.text) == moved
+    before, after = (predict(model, structures) for model in (start, tuned))
+    for atoms, one, two in zip(structures, before, after, strict=True):
+        np.testing.assert_allclose(two["forces"], one["forces"], atol=1e-5)
+        shift = 20.0 * len(atoms) if moved else 0.0
+        assert two["energy"] - one["energy"] == pytest.approx(shift, abs=0.5 if moved else 1e-6)
+
+
+def test_a_start_takes_over_given_reference_energies(labelled_file: Path, tmp_path: Path) -> None:
+    train(train_config(labelled_file, tmp_path / "start.orbcalc"))
+    energies = {"H": -13.0, "O": -2040.0}
+    found = train(
+        start_from(
+            labelled_file,
+            tmp_path / "start.orbcalc",
+            tmp_path / "b.orbcalc",
+            reference_energies=energies,
+        )
+    )
+    assert found.first.reference_energies.tolist() == [-13.0, -2040.0]
+
+
 @pytest.mark.parametrize("change", [{"committee": 2}, {"potential": {"channels": 4}}])
 def test_training_begins_afresh_where_it_does_not_fit(
     labelled_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
