@@ -20,7 +20,7 @@ from ase.calculators.calculator import (
 from ase.outputs import Properties, all_outputs
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from orbcalc.errors import StructureError
+from orbcalc.errors import ConfigError, StructureError
 from orbcalc.graph import AtomGraph
 from orbcalc.labels.baseline import BaselineWorker, Outcome, labelled_baseline, raised
 from orbcalc.labels.label import Values
@@ -299,6 +299,8 @@ def open_model(
     """Return a committee and its metadata, from a file unless it is loaded already."""
     if isinstance(model, Committee):
         return model, {}
+    if dtype not in ("float32", "float64"):
+        raise ConfigError(f"dtype must be float32 or float64, not {dtype!r}")
     return load_model(model, device=resolve_device(device), dtype=getattr(torch, dtype))
 
 

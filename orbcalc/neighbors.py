@@ -7,6 +7,7 @@ gather, because every edge i -> j knows the slot of its reverse j -> i. Nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import vesin
 from ase import Atoms
 from jaxtyping import Bool, Float, Int
 
+from orbcalc.errors import ConfigError
 from orbcalc.structures import closed_cell
 
 __all__ = ["NeighborList", "SkinList", "neighbor_list"]
@@ -152,9 +154,16 @@ class SkinList:
         Å.
     skin
         Å beyond the cutoff. The list stays valid until an atom has moved by half of it.
+
+    Raises
+    ------
+    ConfigError
+        If the skin is negative or not finite.
     """
 
     def __init__(self, cutoff: float, skin: float = 0.5) -> None:
+        if not 0 <= skin < math.inf:
+            raise ConfigError(f"skin must be a finite length in Å, at least 0, not {skin!r}")
         self.cutoff = cutoff
         self.skin = skin
         self.n_builds = 0

@@ -20,7 +20,12 @@ from orbcalc.errors import LabelConflictError, LabelError
 from orbcalc.labels.compute import label_kinds, label_provenance
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.process import WorkerProcess, label_structures
-from orbcalc.labels.reference import check_file_labels, file_value, wanted_quantities
+from orbcalc.labels.reference import (
+    carries,
+    check_file_labels,
+    file_value,
+    wanted_quantities,
+)
 from orbcalc.labels.store import LABEL_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key
 
@@ -149,7 +154,7 @@ def label_into_store(
     kinds = kinds or label_kinds(config)
     if "reference" in kinds and config.reference.calculator == "file":
         check_file_labels(structures, config)
-        _refuse_changed_labels(structures, config, store)
+        _refuse_contradictions(structures, config, store)
     groups = _missing(structures, kinds, config, store, retry_failed)
     n_missing, done = sum(len(group) for group in groups.values()), 0
     statuses: Counter[str] = Counter()
@@ -202,23 +207,39 @@ def _is_missing(
     return kind != "charges" and not store.has(key, kind, wanted_quantities(atoms, config))
 
 
-def _refuse_changed_labels(
+def _refuse_contradictions(
     structures: Sequence[Atoms], config: LabelConfig, store: LabelStore
 ) -> None:
-    """Refuse labels from files that contradict those that the store took from files before."""
-    unique = {structure_key(atoms): atoms for atoms in structures}
+    """Refuse labels from files that contradict each other, or what the store took from files."""
+    unique: dict[str, Atoms] = {}
+    for atoms in structures:
+        known = unique.setdefault(structure_key(atoms), atoms)
+        if known is not atoms:
+            name = _contradiction(known, atoms, config)
+            if name is not None:
+                raise LabelConflictError(
+                    f"{atoms.get_chemical_formula()} is there twice, with unlike labels ({name}). "
+                    f"Leave one of them out."
+                )
     keys = [key for key in unique if store.has(key, "reference")]
     for key, stored in zip(keys, store.labelled_atoms(keys), strict=True):
-        for name in wanted_quantities(stored, config):
-            if not store.has(key, "reference", [name]):
-                continue
-            before, now = file_value(stored, name), file_value(unique[key], name)
-            if not np.allclose(before, now, rtol=0, atol=LABEL_RESOLUTION):
-                raise LabelConflictError(
-                    f"{stored.get_chemical_formula()} ({key[:12]}) has another label ({name}) "
-                    f"than in {store.path}, where it was stored before. Use another store, or "
-                    f"the labels of before."
-                )
+        name = _contradiction(stored, unique[key], config)
+        if name is not None:
+            raise LabelConflictError(
+                f"{stored.get_chemical_formula()} ({key[:12]}) has another label ({name}) "
+                f"than in {store.path}, where it was stored before. Use another store, or "
+                f"the labels of before."
+            )
+
+
+def _contradiction(one: Atoms, other: Atoms, config: LabelConfig) -> str | None:
+    """Return a quantity that two copies of a structure both have, and not the same."""
+    for name in wanted_quantities(other, config):
+        if carries(one, name) and carries(other, name):
+            labels = file_value(one, name), file_value(other, name)
+            if not np.allclose(*labels, rtol=0, atol=LABEL_RESOLUTION):
+                return name
+    return None
 
 
 def _tasks(

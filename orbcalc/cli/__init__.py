@@ -39,7 +39,7 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger("orbcalc").addHandler(handler)
     try:
-        app()
+        app(prog_name="orbcalc")
     except ConfigError as error:
         console.print(Text.assemble(("error: ", "red"), str(error)))
         sys.exit(2)

@@ -20,6 +20,7 @@ from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
 
 __all__ = [
     "ReferenceLabeler",
+    "carries",
     "check_file_labels",
     "file_value",
     "reference_provenance",
@@ -96,11 +97,15 @@ class ReferenceLabeler:
 
 
 def wanted_quantities(atoms: Atoms, config: LabelConfig) -> tuple[str, ...]:
-    """Return what a configuration asks of a structure: stress only where all of space repeats."""
+    """Return what a configuration asks of a structure.
+
+    Stress only where all of space repeats; from a file, also where it has one anyway.
+    """
+    is_read = config.reference.calculator == "file" and carries(atoms, "stress")
     asked = {
         "energy": True,
         "forces": config.forces,
-        "stress": config.stress and bool(atoms.pbc.all()),
+        "stress": is_read or (config.stress and bool(atoms.pbc.all())),
     }
     return tuple(name for name, is_asked in asked.items() if is_asked)
 
@@ -184,6 +189,15 @@ def _ase_values(calculator: Any, atoms: Atoms, wanted: Sequence[str]) -> Values:
 
 def _raw_file_value(atoms: Atoms, name: str) -> Any:
     return (atoms.arrays if name == "forces" else atoms.info).get(FILE_KEYS[name])
+
+
+def carries(atoms: Atoms, name: str) -> bool:
+    """Tell whether a structure came with an energy, forces or stress; NaN is none."""
+    raw = _raw_file_value(atoms, name)
+    try:
+        return raw is not None and bool(np.isfinite(np.array(raw, dtype=float)).all())
+    except (TypeError, ValueError):
+        return True  # what is wrong with it is told when it is read
 
 
 def file_value(atoms: Atoms, name: str) -> float | np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -70,6 +71,9 @@ logger = logging.getLogger(__name__)
 
 #: Beside the members: fingerprints of the files that they are trained on.
 _INPUTS = "inputs.json"
+
+#: eV: energies of one structure that differ by more contradict each other.
+_ENERGY_RESOLUTION = 1e-5
 
 #: RMS error per root of the number of atoms, in units of the energy scale, of another method.
 _FAR_OFF = 3.0
@@ -226,7 +230,8 @@ def read_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
 def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
     """Read labelled structures without duplicates; see `read_labelled`.
 
-    Of a duplicate, the kind of label is kept that the first one lacks.
+    Of a duplicate, the kind of label is kept that the first one lacks; a warning tells of energies
+    that contradict each other.
 
     Raises
     ------
@@ -234,10 +239,19 @@ def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
         If their labels come from different methods, versions or settings.
     """
     structures: dict[str, Atoms] = {}
+    contradicted: list[Atoms] = []
     for atoms in read_sources(paths):
         known = structures.setdefault(structure_key(atoms), atoms)
         if known is not atoms:
+            if abs(_energy(known) - _energy(atoms)) > _ENERGY_RESOLUTION:
+                contradicted.append(known)
             _add_labels(known, atoms)
+    if contradicted:
+        logger.warning(
+            "%d structures, %s the first, are there again with another energy: the first is taken",
+            len(contradicted),
+            contradicted[0].get_chemical_formula(),
+        )
     result = list(structures.values())
     _methods(result)
     return result
@@ -264,6 +278,11 @@ def _has_reference(atoms: Atoms) -> bool:
     """Tell whether any reference label is there; NaN is none."""
     found = {**atoms.info, **atoms.arrays}
     return any(_has_number(found[key]) for key in _REFERENCE_KEYS & found.keys())
+
+
+def _energy(atoms: Atoms) -> float:
+    energy = atoms.info.get(REF_ENERGY)
+    return float(energy) if isinstance(energy, int | float | np.number) else math.nan
 
 
 def _has_number(label: Any) -> bool:

@@ -108,9 +108,11 @@ def test_a_pool_file_that_is_missing_is_named(cli: Cli, here: Path) -> None:
 
 
 def test_check_finds_no_fault_and_times_one_label(cli: Cli, here: Path, pool: Path) -> None:
-    found = cli("check", write_yaml(Path("run.yaml"), run_data(pool, here / "run")))
+    structures = ase.io.read(pool, ":")
+    copies = write_pool(here / "copies.extxyz", [*structures, structures[0]])
+    found = cli("check", write_yaml(Path("run.yaml"), run_data(copies, here / "run")))
     assert found.code == 0, found.err
-    assert "pool: 30 structures from files, 0 to start MD from" in found.out
+    assert "pool: 30 structures from files, 0 to start MD from" in found.out  # 31 with a copy
     assert "with 10 of 30 structures labelled, 11 in an audit without a miss prove" in found.out
     assert "that 90 % are right; selection.audit is 4: raise it to certify" in found.out
     assert re.search(r"charges label of H2O: ok in \d+\.\d\d s by GFN1-xTB \(tblite", found.out)
@@ -197,6 +199,18 @@ def test_label_refuses_another_label_of_a_file(cli: Cli, client: Client, here: P
         assert found.code == is_refused, found.err
     assert "has another label (energy) than in f.db" in found.err
     assert ase.io.read("f.extxyz", -1).info[REF_ENERGY] == -10.0
+
+
+def test_label_refuses_copies_with_unlike_labels(cli: Cli, client: Client, here: Path) -> None:
+    structures = [*waters(1), *waters(1)]
+    for energy, is_refused in ((-10.0, False), (-11.0, True)):
+        for atoms, own in zip(structures, (-10.0, energy), strict=True):
+            atoms.info[REF_ENERGY] = own
+        path = write_pool(here / "x.xyz", structures)
+        options = ("--reference", "file", "--no-charges", "--no-forces")
+        found = label(cli, client, path, "-o", "g.extxyz", *options)
+        assert found.code == is_refused, found.err
+    assert "H2O is there twice, with unlike labels (energy)" in found.err
 
 
 def test_no_output_takes_the_place_of_a_label_store(

@@ -211,7 +211,7 @@ def test_the_state_holds_everything(labelled_waters: list[Atoms], tmp_path: Path
     trainer = Trainer(*datasets, config, seed=3, state_path=path)
     from orbcalc.training.run import _initial
 
-    result = trainer.fit(lambda: _initial(config, 0, 3, datasets[0]))
+    result = trainer.fit(lambda: _initial(config, 0, 3, datasets[0], None))
     state = TrainState.load(path, config.optimizer, torch.device("cpu"))
     assert state.step == config.optimizer.steps
     assert [record["step"] for record in state.history] == [10, 20]
@@ -273,7 +273,7 @@ def test_a_validation_that_is_not_finite_is_an_error(
     from orbcalc.training.run import _initial
 
     with pytest.raises(CheckpointError, match="validation loss is not finite at step 10"):
-        trainer.fit(lambda: _initial(config, 0, 0, train_set))
+        trainer.fit(lambda: _initial(config, 0, 0, train_set, None))
 
 
 # -------------------------------------------------------------------------------- labels
@@ -430,6 +430,20 @@ def test_a_label_store_trains_like_a_file(label_store: Path, labelled_file: Path
         np.testing.assert_allclose(one.info[REF_ENERGY], other.info[REF_ENERGY], atol=1e-7)
         np.testing.assert_allclose(one.arrays[XTB_BLOCKS], other.arrays[XTB_BLOCKS], atol=1e-7)
     assert len(load_labelled((label_store, labelled_file))) == len(LabelStore(label_store))
+
+
+def test_copies_with_other_energies_are_told(
+    labelled_waters: list[Atoms], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies = [labelled_waters[0].copy() for _ in range(3)]
+    copies[1].info[REF_ENERGY] += 1e-8
+    path = write_pool(tmp_path / "a.extxyz", [*labelled_waters, *copies])
+    assert len(load_labelled((path,))) == len(labelled_waters)
+    assert not caplog.text
+    copies[2].info[REF_ENERGY] += 1.0
+    path = write_pool(tmp_path / "b.extxyz", [*labelled_waters, *copies])
+    assert load_labelled((path,))[0].info[REF_ENERGY] == labelled_waters[0].info[REF_ENERGY]
+    assert "1 structures, H2O the first, are there again with another energy" in caplog.text
 
 
 def test_duplicates_add_the_labels_that_the_first_lacks(

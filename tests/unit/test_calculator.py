@@ -22,7 +22,12 @@ from ase.units import fs, kB
 
 from orbcalc.calculator import OrbcalcCalculator, open_model, predict
 from orbcalc.config import PotentialConfig
-from orbcalc.errors import CheckpointError, StructureError, UnsupportedElementError
+from orbcalc.errors import (
+    CheckpointError,
+    ConfigError,
+    StructureError,
+    UnsupportedElementError,
+)
 from orbcalc.model.checkpoint import save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential, Statistics
@@ -136,6 +141,11 @@ class Counter:
             return forward(*arguments, **options)
 
         monkeypatch.setattr(type(model), "forward", counted)
+
+
+def test_a_precision_that_is_not_offered_is_an_error(model_file):
+    with pytest.raises(ConfigError, match="dtype must be float32 or float64, not 'float16'"):
+        open_model(model_file, dtype="float16")
 
 
 def test_nothing_is_computed_twice(single, monkeypatch):

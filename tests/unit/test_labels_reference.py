@@ -196,6 +196,18 @@ def test_file_labels(shape):
     np.testing.assert_array_equal(found.values["stress"], voigt)
 
 
+def test_a_stress_of_a_file_is_kept_unasked():
+    """Also that of a slab, which nobody computes; NaN is none."""
+    crystal, slab = with_file_labels(structures.rock_salt()), structures.salt_slab()
+    slab = with_file_labels(slab)
+    unknown = crystal.copy()
+    crystal.info[REF_STRESS] = slab.info[REF_STRESS] = np.arange(6.0)
+    unknown.info[REF_STRESS] = np.full(6, np.nan)
+    found = [ReferenceLabeler(config("file")).label(a).values for a in (crystal, slab, unknown)]
+    assert ["stress" in values for values in found] == [True, True, False]
+    check_file_labels([crystal, unknown], config("file"))
+
+
 def test_missing_file_labels_are_counted():
     good, bad = with_file_labels(structures.rock_salt()), structures.water()
     good.info[REF_STRESS] = np.zeros(6)

@@ -11,6 +11,7 @@ from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orbcalc.errors import ConfigError
 from orbcalc.neighbors import SkinList, neighbor_list
 
 CUTOFF = 4.0
@@ -213,6 +214,12 @@ def test_no_pair_is_missed_while_atoms_move(atoms, seed):
         listed = {tuple(row) for row in edges(skin_list.update(atoms), atoms)}
         assert {tuple(row) for row in edges_of_ase(atoms, 3.0)} <= listed
     assert skin_list.n_builds < 15
+
+
+@pytest.mark.parametrize("skin", [-0.1, np.nan, np.inf])
+def test_a_skin_that_is_no_length_is_an_error(skin):
+    with pytest.raises(ConfigError, match="skin must be a finite length"):
+        SkinList(CUTOFF, skin)
 
 
 def test_a_skin_of_zero_builds_whenever_something_moves():
