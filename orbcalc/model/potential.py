@@ -163,6 +163,15 @@ class Potential(nn.Module):
         self._reference_energies = energies.detach().to(self.element_index.device, torch.float64)
 
     @property
+    def fitted_reference_energies(self) -> Float[Tensor, " n_elements"]:
+        """What reference labels have told of them: nothing, where it is 0.
+
+        Above a learned GFN1-xTB baseline, the difference from its reference energies.
+        """
+        above = self.config.xtb_head == "baseline"
+        return self.reference_energies - (self.xtb_reference_energies if above else 0.0)
+
+    @property
     def xtb_reference_energies(self) -> Float[Tensor, " n_elements"]:
         """Energy of each lone atom in GFN1-xTB, eV, float64; zero without a head for it."""
         if self._xtb_reference_energies.device != self.element_index.device:

@@ -198,9 +198,7 @@ def _column_scales(
 
 def _size_of_references(potential: Potential) -> float:
     """Return the RMS of what is fitted or given for an element, eV, at least the energy scale."""
-    own = potential.reference_energies
-    if potential.config.xtb_head == "baseline":
-        own = own - potential.xtb_reference_energies
+    own = potential.fitted_reference_energies
     known = own[own != 0]
     size = float(known.square().mean().sqrt()) if len(known) else 0.0
     return max(size, potential.energy_scale)

@@ -34,7 +34,6 @@ from orbcalc.files import (
 from orbcalc.labels.store import read_sources
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
-from orbcalc.model.potential import Potential
 from orbcalc.properties import (
     REF_ENERGY,
     REF_FORCES,
@@ -49,12 +48,8 @@ from orbcalc.properties import (
 from orbcalc.structures import charge_and_multiplicity, hold_out, structure_key
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.initial import initial_potential
 from orbcalc.training.loss import ErrorSums, active_properties
-from orbcalc.training.statistics import (
-    fit_reference_energies,
-    fit_statistics,
-    given_energies,
-)
 from orbcalc.training.trainer import Trainer, on_device, resolve_device
 
 __all__ = [
@@ -74,9 +69,6 @@ _INPUTS = "inputs.json"
 
 #: eV: energies of one structure that differ by more contradict each other.
 _ENERGY_RESOLUTION = 1e-5
-
-#: RMS error per root of the number of atoms, in units of the energy scale, of another method.
-_FAR_OFF = 3.0
 
 _REFERENCE_KEYS = frozenset({REF_ENERGY, REF_FORCES, REF_STRESS})
 _CHEAP_KEYS = frozenset({XTB_ENERGY, XTB_FORCES, XTB_BLOCKS, XTB_SHELLS})
@@ -160,7 +152,7 @@ def train_member(
     if not inputs.exists():  # not before it is known that they can be trained on
         write_json(inputs, sets.files)
     method = _methods(sets.train).get("reference")
-    potential = trainer.fit(lambda: _initial(config, member, seed, train_set, method))
+    potential = trainer.fit(lambda: initial_potential(config, member, seed, train_set, method))
     save_model(finished, Committee([potential]))
     state_path.unlink(missing_ok=True)
     return finished
@@ -322,68 +314,6 @@ def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
 def _datasets(config: TrainConfig, sets: LabelledSets) -> tuple[LabelDataset, LabelDataset]:
     terms = (config.potential.cutoff, config.potential.baseline)
     return LabelDataset(sets.train, *terms), LabelDataset(sets.valid, *terms)
-
-
-def _initial(
-    config: TrainConfig, member: int, seed: int, train_set: LabelDataset, method: str | None
-) -> Potential:
-    """Return the potential that training begins with; `method` is that of the reference labels."""
-    dtype = getattr(torch, config.dtype)
-    if config.start_from is not None:
-        committee, metadata = load_model(config.start_from, dtype=dtype)
-        fits = (
-            len(committee.members) == config.committee
-            and committee.first.config == config.potential
-            and list(committee.first.elements) == train_set.elements
-            and committee.first.shells == train_set.shells
-        )
-        if fits:
-            potential = committee.members[member]
-            assert isinstance(potential, Potential)
-            before = metadata.get("labels", {}).get("reference")
-            _move_reference_energies(potential, config, train_set, before, method)
-            return potential.requires_grad_(True).train()
-        logger.warning("%s does not fit the training set: starting afresh", config.start_from)
-    statistics = fit_statistics(train_set, config.potential, config.reference_energies)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Potential(config.potential, train_set.elements, train_set.shells, statistics, dtype)
-
-
-def _move_reference_energies(
-    potential: Potential,
-    config: TrainConfig,
-    train_set: LabelDataset,
-    before: str | None,
-    method: str | None,
-) -> None:
-    """Move reference energies to where they are given, or where labels of another method have them.
-
-    Where the two methods are not both known, energies that are far off tell that they differ.
-    """
-    if config.reference_energies is not None:
-        given = given_energies(config.reference_energies, train_set.elements)
-        potential.reference_energies = given
-        return
-    are_known = None not in (before, method)
-    if are_known and before == method:
-        return
-    errors, sizes = [], []
-    for graph, targets in on_device(train_set, 32, potential):
-        with torch.no_grad():
-            errors.append(targets.energy - potential(graph).energy)
-        sizes.append(graph.n_atoms_of_structure.sqrt())
-    error = torch.cat(errors)
-    off = float((error / torch.cat(sizes))[error.isfinite()].square().mean().sqrt())
-    if not are_known and not off > _FAR_OFF * potential.energy_scale:
-        return
-    logger.warning(
-        "the labels are not those that %s was trained on (%s): its reference energies are moved",
-        config.start_from,
-        f"{before}, now {method}" if are_known else f"energies are off by {off:.3g} eV / √atom",
-    )
-    shift = fit_reference_energies(train_set, error)
-    potential.reference_energies = potential.reference_energies + shift
 
 
 def _member_path(config: TrainConfig, member: int) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from ase.data import atomic_numbers, chemical_symbols
 from e3nn.o3 import Irreps
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from orbcalc.config import PotentialConfig
@@ -87,14 +87,40 @@ def fit_statistics(
 
 
 def fit_reference_energies(
-    dataset: LabelDataset, energies: Float[Tensor, " n_structures"]
+    dataset: LabelDataset,
+    energies: Float[Tensor, " n_structures"],
+    among: Bool[Tensor, " n_elements"] | None = None,
 ) -> Float[Tensor, " n_elements"]:
     """Fit energies of elements to energies of structures, eV, NaN for none.
 
-    Elements are those of the data set, sorted; 0 for one that is in no structure with an energy.
+    That of labelled lone atoms where there are some, since a potential can give them no other;
+    by least squares for the other elements.
+
+    Parameters
+    ----------
+    dataset
+        The structures; its elements are sorted.
+    energies
+        What the elements should come to.
+    among
+        Elements to fit; the others have 0, as those without an energy have.
     """
+    counts = _counts(dataset)
     is_lone = torch.tensor([_is_lone_atom(graph) for graph in dataset.graphs])
-    return _fit_energies(_counts(dataset), energies, is_lone)
+    solution = counts.new_zeros(counts.shape[1])
+    labelled = torch.isfinite(energies)
+    chosen = torch.ones_like(solution, dtype=torch.bool) if among is None else among
+    lone = counts[labelled & is_lone]
+    n_lone = lone.sum(0)
+    known = (n_lone > 0) & chosen
+    solution[known] = (lone.T @ energies[labelled & is_lone])[known] / n_lone[known]
+    left = chosen & ~known
+    rows = labelled & (counts[:, left].sum(1) > 0)
+    if rows.any():
+        rest = (energies - counts @ solution)[rows, None]
+        fit = torch.linalg.lstsq(counts[rows][:, left], rest, driver="gelsd")
+        solution[left] = fit.solution[:, 0]
+    return solution
 
 
 def charge_targets(
@@ -117,26 +143,6 @@ def _counts(dataset: LabelDataset) -> Float[Tensor, "n_structures n_elements"]:
 
 def _is_lone_atom(graph: AtomGraph) -> bool:
     return graph.n_atoms == 1 and not bool(graph.mask.any()) and not bool(graph.charge.any())
-
-
-def _fit_energies(counts: Tensor, energies: Tensor, is_lone: Tensor) -> Tensor:
-    """Return the energy of each element; zero without labels.
-
-    That of labelled lone atoms where there are some, since a potential can give them no other;
-    by least squares for the other elements.
-    """
-    solution = counts.new_zeros(counts.shape[1])
-    labelled = torch.isfinite(energies)
-    lone = counts[labelled & is_lone]
-    n_lone = lone.sum(0)
-    known = n_lone > 0
-    solution[known] = (lone.T @ energies[labelled & is_lone])[known] / n_lone[known]
-    rows = labelled & (counts[:, ~known].sum(1) > 0)
-    if rows.any():
-        left = (energies - counts @ solution)[rows, None]
-        fit = torch.linalg.lstsq(counts[rows][:, ~known], left, driver="gelsd")
-        solution[~known] = fit.solution[:, 0]
-    return solution
 
 
 def _warn_of_unknown(elements: list[int], counts: Tensor) -> None:

@@ -34,6 +34,7 @@ from orbcalc.orbitals import SLOTS
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_BLOCKS, XTB_SHELLS
 from orbcalc.structures import structure_key
 from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.initial import initial_potential
 from orbcalc.training.run import load_labelled, model_errors, split, train, train_member
 from orbcalc.training.state import TrainState
 from orbcalc.training.statistics import fit_statistics
@@ -209,9 +210,8 @@ def test_the_state_holds_everything(labelled_waters: list[Atoms], tmp_path: Path
     datasets = [LabelDataset(part, 4.0) for part in split(labelled_waters, 0.2, 0)]
     path = tmp_path / "x.state"
     trainer = Trainer(*datasets, config, seed=3, state_path=path)
-    from orbcalc.training.run import _initial
 
-    result = trainer.fit(lambda: _initial(config, 0, 3, datasets[0], None))
+    result = trainer.fit(lambda: initial_potential(config, 0, 3, datasets[0]))
     state = TrainState.load(path, config.optimizer, torch.device("cpu"))
     assert state.step == config.optimizer.steps
     assert [record["step"] for record in state.history] == [10, 20]
@@ -270,10 +270,9 @@ def test_a_validation_that_is_not_finite_is_an_error(
     monkeypatch.setattr(
         "orbcalc.training.trainer.evaluate", lambda *_: (math.nan, {"energy_mae": math.nan})
     )
-    from orbcalc.training.run import _initial
 
     with pytest.raises(CheckpointError, match="validation loss is not finite at step 10"):
-        trainer.fit(lambda: _initial(config, 0, 0, train_set, None))
+        trainer.fit(lambda: initial_potential(config, 0, 0, train_set))
 
 
 # -------------------------------------------------------------------------------- labels
@@ -532,6 +531,35 @@ def test_a_start_takes_over_the_energies_of_another_method(
         np.testing.assert_allclose(two["forces"], one["forces"], atol=1e-5)
         shift = 20.0 * len(atoms) if moved else 0.0
         assert two["energy"] - one["energy"] == pytest.approx(shift, abs=0.5 if moved else 1e-6)
+
+
+@pytest.mark.parametrize("method", ["GFN2-xTB", None])
+def test_a_start_learns_of_an_element_that_had_no_energy(
+    labelled_waters: list[Atoms], tmp_path: Path, method: str | None
+) -> None:
+    """As in a run whose pool has cheap labels of nitrogen before any reference label."""
+    structures = [atoms.copy() for atoms in labelled_waters]
+    for atoms in structures[:10]:
+        atoms.numbers[atoms.numbers == 8] = 7
+        atoms.info[REF_ENERGY] -= 100.0
+    for atoms in structures:
+        atoms.info.pop(REF_METHOD)
+        if method is not None:
+            atoms.info[REF_METHOD] = method
+    later = write_pool(tmp_path / "later.extxyz", structures)
+    first = write_pool(
+        tmp_path / "first.extxyz", [*stripped(structures[:10], REF_ENERGY), *structures[10:]]
+    )
+    start = train(train_config(first, tmp_path / "start.orbcalc"))
+    assert start.first.reference_energies.tolist()[1] == 0  # H, N, O
+    found = train(start_from(later, tmp_path / "start.orbcalc", tmp_path / "b.orbcalc"))
+    before, after = start.first.reference_energies, found.first.reference_energies
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
+    errors = [
+        result["energy"] - atoms.info[REF_ENERGY]
+        for atoms, result in zip(structures[:10], predict(found, structures[:10]), strict=True)
+    ]
+    assert abs(np.mean(errors)) < 2
 
 
 def test_a_start_takes_over_given_reference_energies(labelled_file: Path, tmp_path: Path) -> None:
