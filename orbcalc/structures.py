@@ -42,7 +42,7 @@ MIN_DISTANCE = 0.3
 MAX_EXTENT = 1e5
 
 #: An atom whose images are farther apart than this (Å) is alone.
-_LONE_BOX = 8.0
+_LONE_BOX = 6.0
 
 #: Positions and cells are hashed in units of this (Å): the last decimal of extxyz files, so that
 #: a structure that was written to one and read back has the same key.

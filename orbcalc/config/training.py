@@ -231,7 +231,7 @@ class TrainConfig(StrictModel):
         default=None,
         description="a model whose weights to begin with, if it has the same architecture, "
         "elements and number of members; its scales are kept, and its reference energies moved "
-        "where the labels are of another method",
+        "where others are given or the labels are of another method",
     )
     reference_energies: dict[str, float] | None = Field(
         default=None,

@@ -192,12 +192,12 @@ def _raw_file_value(atoms: Atoms, name: str) -> Any:
 
 
 def carries(atoms: Atoms, name: str) -> bool:
-    """Tell whether a structure came with an energy, forces or stress; NaN is none."""
+    """Tell whether a structure came with an energy, forces or stress; what is no number is none."""
     raw = _raw_file_value(atoms, name)
     try:
         return raw is not None and bool(np.isfinite(np.array(raw, dtype=float)).all())
     except (TypeError, ValueError):
-        return True  # what is wrong with it is told when it is read
+        return False
 
 
 def file_value(atoms: Atoms, name: str) -> float | np.ndarray:

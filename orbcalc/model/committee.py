@@ -135,10 +135,12 @@ class Committee(nn.Module):
         scale = self.calibration
         energy = _score(result.energy_rigidity, result.energy_spread, scale.energy_spread_weight)
         if energy is not None:
+            unknown = result.reference_uncertainty
+            unknown = torch.zeros_like(energy) if unknown is None else unknown
             result = replace(
                 result,
-                energy_uncertainty=energy * scale.energy,
-                energy_interval_95=energy * scale.energy_95,
+                energy_uncertainty=torch.hypot(energy * scale.energy, unknown),
+                energy_interval_95=torch.hypot(energy * scale.energy_95, 1.96 * unknown),
             )
         forces = _score(result.atom_rigidity, result.forces_spread, scale.forces_spread_weight)
         if forces is None or result.forces is None:

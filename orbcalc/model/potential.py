@@ -39,6 +39,8 @@ class Statistics:
     """The same in GFN1-xTB, eV; None without a head for its energy."""
     xtb_energy_scale: float = 1.0
     """Size of one atom's GFN1-xTB energy beyond that, eV."""
+    told: Bool[Tensor, " n_elements"] | None = None
+    """Whose reference energies are known, from labels or as given; None for all."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Prediction:
     atom_rigidity: Float[Tensor, " n_atoms"] | None = None
     """How far the last layer of a structure, and of each atom, is from those of the training set;
     uncertainties up to a factor. See `training.calibration`."""
+    reference_uncertainty: Float[Tensor, " n_structures"] | None = None
+    """What unknown reference energies may come to, eV; comes with the rigidities."""
     last_layer: Float[Tensor, "n_structures n_last"] | None = None
     """What the energy is a linear function of: the last layer of the energy head, summed over the
     atoms, and how many atoms there are of each element."""
@@ -90,6 +94,7 @@ class Potential(nn.Module):
     """
 
     element_index: Tensor
+    told: Tensor
 
     def __init__(
         self,
@@ -126,6 +131,8 @@ class Potential(nn.Module):
             )
         n_last = self.energy_head.readout.in_features + len(self.elements)
         self.register_buffer("whitening", torch.zeros(n_last, n_last))
+        told = torch.ones(len(self.elements), dtype=torch.bool)
+        self.register_buffer("told", told if statistics.told is None else statistics.told)
         diagonal = torch.as_tensor(diagonal_basis(), dtype=torch.float64)
         self.register_buffer("diagonal", diagonal, persistent=False)
         self.to(dtype)
@@ -161,15 +168,6 @@ class Potential(nn.Module):
     @reference_energies.setter
     def reference_energies(self, energies: Float[Tensor, " n_elements"]) -> None:
         self._reference_energies = energies.detach().to(self.element_index.device, torch.float64)
-
-    @property
-    def fitted_reference_energies(self) -> Float[Tensor, " n_elements"]:
-        """What reference labels have told of them: nothing, where it is 0.
-
-        Above a learned GFN1-xTB baseline, the difference from its reference energies.
-        """
-        above = self.config.xtb_head == "baseline"
-        return self.reference_energies - (self.xtb_reference_energies if above else 0.0)
 
     @property
     def xtb_reference_energies(self) -> Float[Tensor, " n_elements"]:
@@ -275,14 +273,27 @@ class Potential(nn.Module):
     def _rigidity(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph
     ) -> dict[str, Tensor]:
-        """Return norms of the whitened last layer, that of reference energies included."""
+        """Return norms of the whitened last layer, and what it knows nothing of.
+
+        A reference energy that nothing has told may be as large as the others are.
+        """
         last = self.energy_head.last_layer(nodes).detach()
         of_layer, of_elements = self.get_buffer("whitening").tensor_split([last.shape[1]])
         white = last @ of_layer + of_elements[elements]
         return {
             "energy_rigidity": graph.sum_over_atoms(white).norm(dim=-1),
             "atom_rigidity": white.norm(dim=-1),
+            "reference_uncertainty": self._size_of_references
+            * graph.sum_over_atoms((~self.told[elements]).double()),
         }
+
+    @property
+    def _size_of_references(self) -> float:
+        """RMS of the known reference energies, or of their differences from GFN1-xTB, eV."""
+        above = self.config.xtb_head == "baseline"
+        own = self.reference_energies - (self.xtb_reference_energies if above else 0.0)
+        known = own[self.told]
+        return max(float(known.square().mean().sqrt()) if len(known) else 0.0, self.energy_scale)
 
     def _charges(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph

@@ -108,7 +108,7 @@ def _held_out(
         prediction = committee(graph, ("energy", "forces"))
         assert prediction.forces is not None
         row = (
-            _energy_errors(prediction, targets, graph),
+            _energy_errors(committee.first, prediction, targets, graph),
             prediction.energy_rigidity,
             prediction.energy_spread,
         )
@@ -150,11 +150,7 @@ def _scales(held_out: _HeldOut) -> tuple[float, float, float]:
 def _measure_rigidity(
     potential: Potential, train: LabelDataset, valid: LabelDataset, batch_size: int
 ) -> None:
-    """Set the whitening of the last layer; it is zero without energies.
-
-    Of an element that is in no structure with an energy, the reference energy is taken to be as
-    uncertain as those of the others are large.
-    """
+    """Set the whitening of the last layer; it is zero without energies."""
     buffer = potential.get_buffer("whitening")
     buffer.zero_()  # it may be that of an earlier training
     known, _, n_known = _last_layers(potential, train, batch_size)
@@ -170,18 +166,12 @@ def _measure_rigidity(
     projected = ((new * scales) @ vectors) ** 2
     roots = n_new.sqrt()
 
-    def scores(factor: float) -> Tensor:
-        found: Tensor = (projected / (values + factor * values.mean())).sum(1).sqrt() / roots
-        return found
+    def unlikelihood(factor: float) -> float:
+        rigidity = (projected / (values + factor * values.mean())).sum(1).sqrt()
+        return _unlikelihood(errors / roots, rigidity / roots)
 
-    factor = min(_REGULARISERS, key=lambda f: _unlikelihood(errors / roots, scores(f)))
-    sizes = (values + factor * values.mean()).sqrt()
-    absent = ~known.any(0)
-    absent[: -len(potential.elements)] = False
-    unit = _rms_ratio(errors / roots, scores(factor))
-    # Their eigenvalues are 0: with this scale their rows get the length that is wanted.
-    scales[absent] = _size_of_references(potential) / unit * sizes.min()
-    whitening = vectors / sizes
+    factor = min(_REGULARISERS, key=unlikelihood)
+    whitening = vectors / (values + factor * values.mean()).sqrt()
     buffer.copy_((scales[:, None] * whitening).to(buffer))
 
 
@@ -196,21 +186,15 @@ def _column_scales(
     return scales
 
 
-def _size_of_references(potential: Potential) -> float:
-    """Return the RMS of what is fitted or given for an element, eV, at least the energy scale."""
-    own = potential.fitted_reference_energies
-    known = own[own != 0]
-    size = float(known.square().mean().sqrt()) if len(known) else 0.0
-    return max(size, potential.energy_scale)
-
-
 def _energy_errors(
-    prediction: Prediction, targets: Targets, graph: AtomGraph
+    potential: Potential, prediction: Prediction, targets: Targets, graph: AtomGraph
 ) -> Float[Tensor, " n_structures"]:
-    """Return errors in eV; NaN without a label, and where reference energies decide alone."""
+    """Return errors in eV; NaN without a label, for lone atoms, and with an unknown element."""
     errors = prediction.energy - targets.energy
     n_bound = graph.sum_over_atoms(graph.mask.any(1).to(errors))
-    return torch.where(n_bound > 0, errors, torch.nan)
+    untold = ~potential.told[potential.element_index[graph.numbers]]
+    n_untold = graph.sum_over_atoms(untold.to(errors))
+    return torch.where((n_bound > 0) & (n_untold == 0), errors, torch.nan)
 
 
 def _last_layers(
@@ -224,7 +208,7 @@ def _last_layers(
             prediction = potential(graph, ("energy", "last_layer"))
         assert prediction.last_layer is not None
         last, n_atoms = prediction.last_layer.double(), graph.n_atoms_of_structure.double()
-        errors = _energy_errors(prediction, targets, graph)
+        errors = _energy_errors(potential, prediction, targets, graph)
         rows.append((last[labelled], errors[labelled], n_atoms[labelled]))
     last, errors, n_atoms = (torch.cat(column) for column in zip(*rows, strict=True))
     return last, errors, n_atoms

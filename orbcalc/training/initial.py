@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from orbcalc.config import TrainConfig
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.statistics import (
+    element_counts,
     fit_reference_energies,
     fit_statistics,
     given_energies,
+    is_lone_atom,
 )
-from orbcalc.training.trainer import on_device
+from orbcalc.training.trainer import resolve_device
 
 __all__ = ["initial_potential"]
 
@@ -23,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: RMS error per root of the number of atoms, in units of the energy scale, of another method.
 _FAR_OFF = 3.0
+
+#: Structures that are evaluated at a time.
+_BATCH_SIZE = 16
 
 
 def initial_potential(
@@ -56,7 +63,9 @@ def initial_potential(
     """
     dtype = getattr(torch, config.dtype)
     if config.start_from is not None:
-        committee, metadata = load_model(config.start_from, dtype=dtype)
+        committee, metadata = load_model(
+            config.start_from, device=resolve_device(config.device), dtype=dtype
+        )
         fits = (
             len(committee.members) == config.committee
             and committee.first.config == config.potential
@@ -67,8 +76,8 @@ def initial_potential(
             potential = committee.members[member]
             assert isinstance(potential, Potential)
             before = metadata.get("labels", {}).get("reference")
-            _move_reference_energies(potential, config, train_set, before, method)
-            return potential.requires_grad_(True).train()
+            if _takes_over(potential, config, train_set, before, method):
+                return potential.requires_grad_(True).train()
         logger.warning("%s does not fit the training set: starting afresh", config.start_from)
     statistics = fit_statistics(train_set, config.potential, config.reference_energies)
     with torch.random.fork_rng(devices=[]):
@@ -76,41 +85,70 @@ def initial_potential(
         return Potential(config.potential, train_set.elements, train_set.shells, statistics, dtype)
 
 
-def _move_reference_energies(
+def _takes_over(
     potential: Potential,
     config: TrainConfig,
     train_set: LabelDataset,
     before: str | None,
     method: str | None,
-) -> None:
+) -> bool:
     """Move reference energies to where they are given, or where labels of another method have them.
 
-    Where the two methods are not both known, energies that are far off tell that they differ.
-    Elements that had no energy label before are fitted in any case.
+    Where the two methods are not both known, energies that are far off tell that they differ, and
+    so do lone atoms. Elements that had no energy label before are fitted in any case. False if
+    energies are far off even then: what the network adds belongs to other reference energies.
     """
-    if config.reference_energies is not None:
-        given = given_energies(config.reference_energies, train_set.elements)
-        potential.reference_energies = given
-        return
-    untold = potential.fitted_reference_energies == 0
+    counts = element_counts(train_set)
+    energies = torch.cat([targets.energy for targets in train_set.targets])
+    old, untold = potential.reference_energies.cpu(), ~potential.told.cpu()
+    far = _FAR_OFF * potential.energy_scale
+    lone = torch.tensor([is_lone_atom(graph) for graph in train_set.graphs]) & energies.isfinite()
+    is_other = bool(
+        ((energies - counts @ old)[lone & (counts @ untold.double() == 0)].abs() > far).any()
+    )
     are_known = None not in (before, method)
-    if are_known and before == method and not untold.any():
-        return
-    errors, scaled = [], []
-    for graph, targets in on_device(train_set, 32, potential):
-        with torch.no_grad():
-            error = targets.energy - potential(graph).energy
-        n_untold = graph.sum_over_atoms(untold[potential.element_index[graph.numbers]].double())
-        is_fair = error.isfinite() & (n_untold == 0)
-        errors.append(error)
-        scaled.append((error / graph.n_atoms_of_structure.double().sqrt())[is_fair])
-    off = float(torch.cat(scaled).square().mean().sqrt())  # NaN without any
-    is_other = before != method if are_known else off > _FAR_OFF * potential.energy_scale
-    if is_other:
+    given = config.reference_energies
+    if given is None and are_known and before == method and not (is_other or untold.any()):
+        return True
+    errors = _energy_errors(potential, train_set)
+    if given is not None:
+        shift = given_energies(given, train_set.elements) - old
+    else:
+        differs = before != method if are_known else _rms(errors, counts, untold) > far
+        is_other = is_other or differs
+        shift = fit_reference_energies(train_set, errors, untold | is_other)
+    if _rms(errors - counts @ shift, counts, untold) > far:
+        return False
+    if is_other and errors.isfinite().any():
         logger.warning(
-            "labels are not those that %s was trained on (%s): its reference energies are moved",
+            "labels are not those that %s was trained on (%s, now %s): its reference energies are "
+            "moved by %s eV",
             config.start_from,
-            f"{before}, now {method}" if are_known else f"off by {off:.3g} eV per root of atoms",
+            before or "unknown",
+            method or "unknown",
+            [round(move, 3) for move in shift.tolist()],
         )
-    shift = fit_reference_energies(train_set, torch.cat(errors), untold | is_other)
-    potential.reference_energies = potential.reference_energies + shift
+    potential.reference_energies = old + shift
+    has_energy = counts[energies.isfinite()].sum(0) > 0
+    told = ~untold | has_energy | (given is not None)
+    potential.told = told.to(potential.told.device)
+    return True
+
+
+def _energy_errors(potential: Potential, dataset: LabelDataset) -> Float[Tensor, " n_structures"]:
+    """Return labels less predictions, eV; NaN without a label."""
+    errors = torch.full((len(dataset),), torch.nan, dtype=torch.float64)
+    labelled = dataset.labelled(["energy"])
+    for start in range(0, len(labelled), _BATCH_SIZE):
+        chosen = labelled[start : start + _BATCH_SIZE]
+        graph, targets = dataset.batch(chosen)
+        with torch.no_grad():
+            energy = potential(graph.to(potential.element_index.device)).energy
+        errors[chosen] = targets.energy.double() - energy.cpu()
+    return errors
+
+
+def _rms(errors: Tensor, counts: Tensor, untold: Tensor) -> float:
+    """Return the RMS error per root of the number of atoms of known elements; NaN without any."""
+    is_fair = errors.isfinite() & (counts[:, untold].sum(1) == 0)
+    return float((errors / counts.sum(1).sqrt())[is_fair].square().mean().sqrt())

@@ -21,7 +21,14 @@ from orbcalc.orbitals import diagonal_basis
 from orbcalc.properties import BLOCK_IRREPS
 from orbcalc.training.dataset import LabelDataset
 
-__all__ = ["charge_targets", "fit_reference_energies", "fit_statistics", "given_energies"]
+__all__ = [
+    "charge_targets",
+    "element_counts",
+    "fit_reference_energies",
+    "fit_statistics",
+    "given_energies",
+    "is_lone_atom",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +58,7 @@ def fit_statistics(
     ConfigError
         If reference energies are given, but not for every element.
     """
-    elements, counts = dataset.elements, _counts(dataset)
+    elements, counts = dataset.elements, element_counts(dataset)
     energies = torch.cat([targets.energy for targets in dataset.targets])
     forces = torch.cat([targets.forces for targets in dataset.targets])
     xtb_energies = torch.cat([targets.xtb_energy for targets in dataset.targets])
@@ -63,11 +70,13 @@ def fit_statistics(
     on_top = config.xtb_head == "baseline" and bool(
         torch.isfinite(energies + xtb_energies).any() or torch.isfinite(forces + xtb_forces).any()
     )
+    learned = energies - xtb_energies if on_top else energies
+    told = counts[torch.isfinite(learned)].sum(0) > 0
     if reference_energies is not None:
         reference = given_energies(reference_energies, elements)
+        told = torch.ones_like(told)
     else:
-        _warn_of_unknown(elements, counts[torch.isfinite(energies)])
-        learned = energies - xtb_energies if on_top else energies
+        _warn_of_unknown(elements, told)
         reference = fit_reference_energies(dataset, learned)
         if on_top:
             reference = reference + xtb_reference
@@ -83,6 +92,7 @@ def fit_statistics(
         charge_scale=scale,
         xtb_reference_energies=xtb_reference if config.learns_xtb_energy else None,
         xtb_energy_scale=_energy_scale(xtb_forces, xtb_residuals, n_atoms),
+        told=told,
     )
 
 
@@ -105,8 +115,8 @@ def fit_reference_energies(
     among
         Elements to fit; the others have 0, as those without an energy have.
     """
-    counts = _counts(dataset)
-    is_lone = torch.tensor([_is_lone_atom(graph) for graph in dataset.graphs])
+    counts = element_counts(dataset)
+    is_lone = torch.tensor([is_lone_atom(graph) for graph in dataset.graphs])
     solution = counts.new_zeros(counts.shape[1])
     labelled = torch.isfinite(energies)
     chosen = torch.ones_like(solution, dtype=torch.bool) if among is None else among
@@ -134,21 +144,25 @@ def charge_targets(
     return torch.where(absent, torch.nan, torch.nan_to_num(blocks) @ basis)
 
 
-def _counts(dataset: LabelDataset) -> Float[Tensor, "n_structures n_elements"]:
+def element_counts(dataset: LabelDataset) -> Float[Tensor, "n_structures n_elements"]:
+    """Return how many atoms of each element, sorted, every structure has."""
     elements = dataset.elements
     return torch.stack(
         [torch.bincount(g.numbers, minlength=119)[elements].double() for g in dataset.graphs]
     )
 
 
-def _is_lone_atom(graph: AtomGraph) -> bool:
+def is_lone_atom(graph: AtomGraph) -> bool:
+    """Tell whether a structure is a neutral atom without neighbours."""
     return graph.n_atoms == 1 and not bool(graph.mask.any()) and not bool(graph.charge.any())
 
 
-def _warn_of_unknown(elements: list[int], counts: Tensor) -> None:
+def _warn_of_unknown(elements: list[int], told: Tensor) -> None:
     """Tell of elements that are in no structure with an energy, if there are such structures."""
-    unknown = [chemical_symbols[z] for z, n in zip(elements, counts.sum(0), strict=True) if n == 0]
-    if len(counts) and unknown:
+    unknown = [
+        chemical_symbols[z] for z, is_told in zip(elements, told, strict=True) if not is_told
+    ]
+    if told.any() and unknown:
         logger.warning(
             "no structure with an energy label has %s: energies of structures with it are off by "
             "an unknown amount for each such atom, and as uncertain. Give reference_energies, or "

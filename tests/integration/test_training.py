@@ -551,7 +551,9 @@ def test_a_start_learns_of_an_element_that_had_no_energy(
         tmp_path / "first.extxyz", [*stripped(structures[:10], REF_ENERGY), *structures[10:]]
     )
     start = train(train_config(first, tmp_path / "start.orbcalc"))
-    assert start.first.reference_energies.tolist()[1] == 0  # H, N, O
+    assert start.first.told.tolist() == [True, False, True]  # H, N, O
+    (result,) = predict(start, structures[:1])
+    assert result["energy_uncertainty"] > 10
     found = train(start_from(later, tmp_path / "start.orbcalc", tmp_path / "b.orbcalc"))
     before, after = start.first.reference_energies, found.first.reference_energies
     torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
@@ -560,20 +562,37 @@ def test_a_start_learns_of_an_element_that_had_no_energy(
         for atoms, result in zip(structures[:10], predict(found, structures[:10]), strict=True)
     ]
     assert abs(np.mean(errors)) < 2
+    assert found.first.told.all()
 
 
-def test_a_start_takes_over_given_reference_energies(labelled_file: Path, tmp_path: Path) -> None:
-    train(train_config(labelled_file, tmp_path / "start.orbcalc"))
-    energies = {"H": -13.0, "O": -2040.0}
-    found = train(
-        start_from(
-            labelled_file,
-            tmp_path / "start.orbcalc",
-            tmp_path / "b.orbcalc",
-            reference_energies=energies,
-        )
-    )
-    assert found.first.reference_energies.tolist() == [-13.0, -2040.0]
+@pytest.mark.parametrize("what", ["given", "lone atoms"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_start_takes_over_reference_energies_that_are_told(
+    labelled_waters: list[Atoms],
+    labelled_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+    fits: bool,
+) -> None:
+    """If they are like its own; else its network belongs to others, and training begins afresh."""
+    start = train(train_config(labelled_file, tmp_path / "start.orbcalc"))
+    offsets = [0.1, -0.2] if fits else [20.0, -10.0]
+    told = [e + o for e, o in zip(start.first.reference_energies.tolist(), offsets, strict=True)]
+    changes: dict[str, Any] = {}
+    train_file = labelled_file
+    if what == "given":
+        changes = {"reference_energies": dict(zip("HO", told, strict=True))}
+    else:
+        lone = [Atoms("H"), Atoms("O")]
+        for atoms, energy in zip(lone, told, strict=True):
+            atoms.info[REF_ENERGY] = energy
+        train_file = write_pool(tmp_path / "more.extxyz", [*labelled_waters, *lone])
+    with caplog.at_level(logging.WARNING):
+        found = train(start_from(train_file, tmp_path / "start.orbcalc", tmp_path / "b", **changes))
+    assert ("starting afresh" in caplog.text) == (not fits)
+    if what == "given" or not fits:
+        assert found.first.reference_energies.tolist() == pytest.approx(told)
 
 
 @pytest.mark.parametrize("change", [{"committee": 2}, {"potential": {"channels": 4}}])

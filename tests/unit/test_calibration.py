@@ -151,17 +151,28 @@ def test_lone_atoms_held_out_change_nothing(make_potential: MakePotential, n_mem
         assert getattr(found.calibration, name) == pytest.approx(value, rel=1e-9), name
 
 
-def test_it_is_not_sure_of_an_element_without_energies(make_potential: MakePotential) -> None:
+@pytest.mark.parametrize("n_members", [1, 2])
+def test_it_is_not_sure_of_an_element_without_energies(
+    make_potential: MakePotential, n_members: int
+) -> None:
     """Nothing has told its reference energy, which may be as large as those of the others."""
-    raw = Committee([make_potential("none")])
+    members = [make_potential("none", seed=seed) for seed in range(n_members)]
+    raw = Committee(members)
     train, valid = rattled(raw, 12, 0.03), rattled(raw, 20, 0.05, error=0.2)
-    strange = far_apart(Atoms("N"))
-    found = calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
-    usual, once, twice = predict(found, [valid[0], strange, far_apart(Atoms("N2"))])
-    size = raw.first.reference_energies.abs().mean()
-    assert usual["energy_uncertainty"] < 0.5
-    assert once["energy_uncertainty"] > 0.3 * size
-    assert twice["energy_uncertainty"] == pytest.approx(2 * once["energy_uncertainty"])
+    parts = LabelDataset(train, 4.0), LabelDataset(valid, 4.0)
+    strange = [Atoms("NH", [[0, 0, 0], [0, 0, 1.0]]), Atoms("N2", [[0, 0, 0], [0, 0, 1.1]])]
+    known = predict(calibrate(raw, *parts), [valid[0], *strange])
+    for member in members:
+        member.told[member.element_index[7]] = False
+    found = predict(calibrate(raw, *parts), [valid[0], *strange])
+    references = raw.first.reference_energies[raw.first.told]
+    size = float(references.square().mean().sqrt())
+    assert size > 10
+    for one, other, n_unknown in zip(known, found, (0, 1, 2), strict=True):
+        for name, factor in (("energy_uncertainty", 1.0), ("energy_interval_95", 1.96)):
+            expected = np.hypot(one[name], factor * n_unknown * size)
+            assert other[name] == pytest.approx(expected, rel=1e-9)
+        np.testing.assert_allclose(other["forces_uncertainty"], one["forces_uncertainty"])
 
 
 def test_lone_atoms_alone_tell_little(make_potential: MakePotential) -> None:

@@ -218,11 +218,16 @@ def test_shapes_and_types(potential_of_dtype):
         "orbital_charges": (9, 10),
         "orbital_blocks": (9, 23),
     }
-    absent = {"xtb_energy", "xtb_forces", "energy_rigidity", "atom_rigidity", "last_layer"} | {
-        "equivariant": set(),
-        "invariant": {"orbital_blocks"},
-        "none": {"charges", "orbital_charges", "orbital_blocks"},
-    }[potential_of_dtype.config.charge_head]
+    not_asked = {"xtb_energy", "xtb_forces", "last_layer"}
+    not_asked |= {"energy_rigidity", "atom_rigidity", "reference_uncertainty"}
+    absent = (
+        not_asked
+        | {
+            "equivariant": set(),
+            "invariant": {"orbital_blocks"},
+            "none": {"charges", "orbital_charges", "orbital_blocks"},
+        }[potential_of_dtype.config.charge_head]
+    )
     for field in fields(Prediction):
         value = getattr(found, field.name)
         assert (value is None) is (field.name in absent), field.name

@@ -52,10 +52,11 @@ def test_labelled_lone_atoms_are_reference_energies() -> None:
 
 def test_an_element_without_energies_is_told(caplog: pytest.LogCaptureFixture) -> None:
     dataset = LabelDataset([additive("H2O"), additive("H2"), molecule("NH3")], 4.0)
-    fit_statistics(dataset, CONFIG)
+    assert fit_statistics(dataset, CONFIG).told.tolist() == [True, False, True]
     assert "no structure with an energy label has N:" in caplog.text
     caplog.clear()
-    fit_statistics(dataset, CONFIG, {"H": -13.0, "N": -1480.0, "O": -2040.0})
+    given = {"H": -13.0, "N": -1480.0, "O": -2040.0}
+    assert fit_statistics(dataset, CONFIG, given).told.all()
     fit_statistics(LabelDataset([molecule("NH3")], 4.0), CONFIG)  # nothing has an energy
     assert not caplog.text
 
