@@ -135,7 +135,7 @@ def test_it_is_not_sure_of_lone_atoms(make_potential: MakePotential, n_members: 
     assert lone["energy_uncertainty"] > 0.5 * usual["energy_uncertainty"] / len(valid[0])
 
 
-@pytest.mark.parametrize("n_members", [1, 2])
+@pytest.mark.parametrize("n_members", [1, 2, 3])
 def test_lone_atoms_held_out_change_nothing(make_potential: MakePotential, n_members: int) -> None:
     """Their energies are reference energies, right or wrong, and their forces are zero."""
     raw = Committee([make_potential("none", seed=seed) for seed in range(n_members)])
