@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from ase import Atoms
 
 from orbcalc.active.executor import Executor, open_executor
@@ -20,12 +19,7 @@ from orbcalc.errors import LabelConflictError, LabelError
 from orbcalc.labels.compute import label_kinds, label_provenance
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.process import WorkerProcess, label_structures
-from orbcalc.labels.reference import (
-    carries,
-    check_file_labels,
-    file_value,
-    wanted_quantities,
-)
+from orbcalc.labels.reference import check_file_labels, contradiction, wanted_quantities
 from orbcalc.labels.store import LABEL_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key
 
@@ -35,9 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["LabelTask", "label", "label_chunk", "label_into_store", "worker_process"]
 
 logger = logging.getLogger(__name__)
-
-#: eV, eV/Å; labels from files that differ by less are the same: files are rounded.
-LABEL_RESOLUTION = 1e-5
 
 #: Structures of a task at most, so that little is lost when a worker dies.
 MAX_CHUNK = 64
@@ -215,7 +206,7 @@ def _refuse_contradictions(
     for atoms in structures:
         known = unique.setdefault(structure_key(atoms), atoms)
         if known is not atoms:
-            name = _contradiction(known, atoms, config)
+            name = contradiction(known, atoms, wanted_quantities(atoms, config))
             if name is not None:
                 raise LabelConflictError(
                     f"{atoms.get_chemical_formula()} is there twice, with unlike labels ({name}). "
@@ -223,23 +214,13 @@ def _refuse_contradictions(
                 )
     keys = [key for key in unique if store.has(key, "reference")]
     for key, stored in zip(keys, store.labelled_atoms(keys), strict=True):
-        name = _contradiction(stored, unique[key], config)
+        name = contradiction(stored, unique[key], wanted_quantities(unique[key], config))
         if name is not None:
             raise LabelConflictError(
                 f"{stored.get_chemical_formula()} ({key[:12]}) has another label ({name}) "
                 f"than in {store.path}, where it was stored before. Use another store, or "
                 f"the labels of before."
             )
-
-
-def _contradiction(one: Atoms, other: Atoms, config: LabelConfig) -> str | None:
-    """Return a quantity that two copies of a structure both have, and not the same."""
-    for name in wanted_quantities(other, config):
-        if carries(one, name) and carries(other, name):
-            labels = file_value(one, name), file_value(other, name)
-            if not np.allclose(*labels, rtol=0, atol=LABEL_RESOLUTION):
-                return name
-    return None
 
 
 def _tasks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -22,6 +22,7 @@ __all__ = [
     "ReferenceLabeler",
     "carries",
     "check_file_labels",
+    "contradiction",
     "file_value",
     "reference_provenance",
     "wanted_quantities",
@@ -29,6 +30,9 @@ __all__ = [
 
 FILE_KEYS = {"energy": REF_ENERGY, "forces": REF_FORCES, "stress": REF_STRESS}
 GFN2 = "GFN2-xTB"
+
+#: eV, eV/Å, eV/Å³; labels that differ by less are the same: files are rounded.
+LABEL_RESOLUTION = 1e-5
 
 
 class ReferenceLabeler:
@@ -225,6 +229,22 @@ def file_value(atoms: Atoms, name: str) -> float | np.ndarray:
             f"{key} of {atoms.get_chemical_formula()} must have shape {shape}, got {value.shape}"
         )
     return float(value) if name == "energy" else value
+
+
+def contradiction(one: Atoms, other: Atoms, names: Iterable[str] = FILE_KEYS) -> str | None:
+    """Return a quantity that two copies of a structure both came with, and not the same.
+
+    Raises
+    ------
+    LabelError
+        If one has a wrong shape.
+    """
+    for name in names:
+        if carries(one, name) and carries(other, name):
+            values = file_value(one, name), file_value(other, name)
+            if not np.allclose(*values, rtol=0, atol=LABEL_RESOLUTION):
+                return name
+    return None
 
 
 def _xtb_settings(reference: ReferenceConfig) -> XTBSettings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -150,10 +151,16 @@ class LabelDataset:
         """Return the number of structures."""
         return len(self.graphs)
 
-    @property
+    @cached_property
     def elements(self) -> list[int]:
-        """Atomic numbers that occur."""
+        """Atomic numbers that occur, sorted."""
         return sorted({int(z) for graph in self.graphs for z in graph.numbers.unique()})
+
+    @cached_property
+    def element_counts(self) -> Float[Tensor, "n_structures n_elements"]:
+        """How many atoms of each element every structure has."""
+        rows = [torch.bincount(g.numbers, minlength=119)[self.elements] for g in self.graphs]
+        return torch.stack(rows).double()
 
     def labelled(self, tasks: Iterable[str]) -> list[int]:
         """Return the structures that have a label of any of these tasks."""

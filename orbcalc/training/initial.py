@@ -13,7 +13,6 @@ from orbcalc.model.checkpoint import load_model
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.statistics import (
-    element_counts,
     fit_reference_energies,
     fit_statistics,
     given_energies,
@@ -98,7 +97,7 @@ def _takes_over(
     so do lone atoms. Elements that had no energy label before are fitted in any case. False if
     energies are far off even then: what the network adds belongs to other reference energies.
     """
-    counts = element_counts(train_set)
+    counts = train_set.element_counts
     energies = torch.cat([targets.energy for targets in train_set.targets])
     old, untold = potential.reference_energies.cpu(), ~potential.told.cpu()
     far = _FAR_OFF * potential.energy_scale

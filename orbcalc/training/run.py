@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from orbcalc.files import (
     replace_file,
     write_json,
 )
+from orbcalc.labels.reference import contradiction
 from orbcalc.labels.store import read_sources
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
@@ -66,9 +66,6 @@ logger = logging.getLogger(__name__)
 
 #: Beside the members: fingerprints of the files that they are trained on.
 _INPUTS = "inputs.json"
-
-#: eV: energies of one structure that differ by more contradict each other.
-_ENERGY_RESOLUTION = 1e-5
 
 _REFERENCE_KEYS = frozenset({REF_ENERGY, REF_FORCES, REF_STRESS})
 _CHEAP_KEYS = frozenset({XTB_ENERGY, XTB_FORCES, XTB_BLOCKS, XTB_SHELLS})
@@ -222,7 +219,7 @@ def read_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
 def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
     """Read labelled structures without duplicates; see `read_labelled`.
 
-    Of a duplicate, the kind of label is kept that the first one lacks; a warning tells of energies
+    Of a duplicate, the kind of label is kept that the first one lacks; a warning tells of labels
     that contradict each other.
 
     Raises
@@ -231,18 +228,18 @@ def load_labelled(paths: tuple[Path, ...]) -> list[Atoms]:
         If their labels come from different methods, versions or settings.
     """
     structures: dict[str, Atoms] = {}
-    contradicted: list[Atoms] = []
+    contradicted: list[str] = []
     for atoms in read_sources(paths):
         known = structures.setdefault(structure_key(atoms), atoms)
         if known is not atoms:
-            if abs(_energy(known) - _energy(atoms)) > _ENERGY_RESOLUTION:
-                contradicted.append(known)
+            if (name := contradiction(known, atoms)) is not None:
+                contradicted.append(f"{known.get_chemical_formula()} (another {name})")
             _add_labels(known, atoms)
     if contradicted:
         logger.warning(
-            "%d structures, %s the first, are there again with another energy: the first is taken",
+            "%d structures, %s the first, are there again with other labels: the first are taken",
             len(contradicted),
-            contradicted[0].get_chemical_formula(),
+            contradicted[0],
         )
     result = list(structures.values())
     _methods(result)
@@ -270,11 +267,6 @@ def _has_reference(atoms: Atoms) -> bool:
     """Tell whether any reference label is there; NaN is none."""
     found = {**atoms.info, **atoms.arrays}
     return any(_has_number(found[key]) for key in _REFERENCE_KEYS & found.keys())
-
-
-def _energy(atoms: Atoms) -> float:
-    energy = atoms.info.get(REF_ENERGY)
-    return float(energy) if isinstance(energy, int | float | np.number) else math.nan
 
 
 def _has_number(label: Any) -> bool:

@@ -23,7 +23,6 @@ from orbcalc.training.dataset import LabelDataset
 
 __all__ = [
     "charge_targets",
-    "element_counts",
     "fit_reference_energies",
     "fit_statistics",
     "given_energies",
@@ -58,7 +57,7 @@ def fit_statistics(
     ConfigError
         If reference energies are given, but not for every element.
     """
-    elements, counts = dataset.elements, element_counts(dataset)
+    elements, counts = dataset.elements, dataset.element_counts
     energies = torch.cat([targets.energy for targets in dataset.targets])
     forces = torch.cat([targets.forces for targets in dataset.targets])
     xtb_energies = torch.cat([targets.xtb_energy for targets in dataset.targets])
@@ -115,7 +114,7 @@ def fit_reference_energies(
     among
         Elements to fit; the others have 0, as those without an energy have.
     """
-    counts = element_counts(dataset)
+    counts = dataset.element_counts
     is_lone = torch.tensor([is_lone_atom(graph) for graph in dataset.graphs])
     solution = counts.new_zeros(counts.shape[1])
     labelled = torch.isfinite(energies)
@@ -142,14 +141,6 @@ def charge_targets(
     basis = torch.as_tensor(diagonal_basis(), dtype=blocks.dtype, device=blocks.device)
     absent = torch.isnan(blocks).to(blocks.dtype) @ basis.abs() > 0
     return torch.where(absent, torch.nan, torch.nan_to_num(blocks) @ basis)
-
-
-def element_counts(dataset: LabelDataset) -> Float[Tensor, "n_structures n_elements"]:
-    """Return how many atoms of each element, sorted, every structure has."""
-    elements = dataset.elements
-    return torch.stack(
-        [torch.bincount(g.numbers, minlength=119)[elements].double() for g in dataset.graphs]
-    )
 
 
 def is_lone_atom(graph: AtomGraph) -> bool:

@@ -431,18 +431,26 @@ def test_a_label_store_trains_like_a_file(label_store: Path, labelled_file: Path
     assert len(load_labelled((label_store, labelled_file))) == len(LabelStore(label_store))
 
 
-def test_copies_with_other_energies_are_told(
-    labelled_waters: list[Atoms], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("quantity", ["energy", "forces"])
+def test_copies_with_other_labels_are_told(
+    quantity: str, labelled_waters: list[Atoms], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copies = [labelled_waters[0].copy() for _ in range(3)]
     copies[1].info[REF_ENERGY] += 1e-8
     path = write_pool(tmp_path / "a.extxyz", [*labelled_waters, *copies])
     assert len(load_labelled((path,))) == len(labelled_waters)
     assert not caplog.text
-    copies[2].info[REF_ENERGY] += 1.0
+    if quantity == "energy":
+        copies[2].info[REF_ENERGY] += 1.0
+    else:
+        copies[2].arrays[REF_FORCES] = copies[2].arrays[REF_FORCES] + 1.0
     path = write_pool(tmp_path / "b.extxyz", [*labelled_waters, *copies])
-    assert load_labelled((path,))[0].info[REF_ENERGY] == labelled_waters[0].info[REF_ENERGY]
-    assert "1 structures, H2O the first, are there again with another energy" in caplog.text
+    kept = load_labelled((path,))[0]
+    assert kept.info[REF_ENERGY] == labelled_waters[0].info[REF_ENERGY]
+    np.testing.assert_allclose(
+        kept.arrays[REF_FORCES], labelled_waters[0].arrays[REF_FORCES], atol=1e-6
+    )
+    assert f"1 structures, H2O (another {quantity}) the first, are there again" in caplog.text
 
 
 def test_duplicates_add_the_labels_that_the_first_lacks(
