@@ -114,7 +114,17 @@ def acac(data: Path, seed: int) -> Problem:
 
 def acac_gfn2(data: Path, seed: int) -> Problem:
     """Acetylacetone at 300 K, and at higher temperatures."""
-    known = acac(data, seed)
+    return _with_hotter(acac(data, seed), seed)
+
+
+def bpa_gfn2(data: Path, seed: int) -> Problem:
+    """3BPA, which turns about its bonds, at 300 K and at higher temperatures."""
+    found = load_set(data, "3bpa")
+    train, valid, same = _parts([*found.train, *found.valid, *found.test], seed, 200, 50)
+    return _with_hotter(Problem(train, valid, {"same": same}, []), seed)
+
+
+def _with_hotter(known: Problem, seed: int) -> Problem:
     hot = {
         f"{kelvin} K": list(walk(known.train, kelvin, walkers=20, samples=15, every=40, seed=seed))
         for kelvin in (600, 1200)
@@ -144,5 +154,10 @@ PROBLEMS: dict[str, Source] = {
         "the same structures with GFN2-xTB labels, and 300 each of GFN1-xTB dynamics at 600 and "
         "1200 K",
         acac_gfn2, LabelConfig(), True, {"steps": 2000, "batch_size": 5},
+    ),
+    "3bpa-gfn2": Source(
+        "3BPA with GFN2-xTB labels, 200 structures at 300 K, validated with 50, judged by 250 "
+        "others, and by 300 each of GFN1-xTB dynamics at 600 and 1200 K",
+        bpa_gfn2, LabelConfig(), True, {"steps": 2000, "batch_size": 5},
     ),
 }  # fmt: skip

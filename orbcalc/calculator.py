@@ -53,11 +53,10 @@ PREDICTED = {
 }
 
 #: What a property is read off, where the model computes it under another name.
-_NEEDED = {
-    "orbital_charges": "charges",
-    "forces_uncertainty": "forces",
-    "forces_interval_95": "forces",
-}
+_NEEDED = {"orbital_charges": "charges"}
+
+#: The same for several members, whose spread counts as well.
+_NEEDED_OF_SEVERAL = {**_NEEDED, "forces_uncertainty": "forces", "forces_interval_95": "forces"}
 
 #: Results that a baseline adds to, and which of its values that is.
 _ADDED = {"energy": "energy", "free_energy": "energy", "forces": "forces", "stress": "stress"}
@@ -175,7 +174,7 @@ class OrbcalcCalculator(Calculator):
         assert current is not None
         graph = self._updated_graph(current).to(self._device)
         self._refuse_impossible(graph, properties)
-        wanted = {_NEEDED.get(name, name) for name in properties} & {"forces", "stress", "charges"}
+        wanted = _wanted(self.model, properties) & {"forces", "stress", "charges"}
         if self._compile:
             wanted.add("forces")  # energies alone would be compiled once more
         prediction = self._network(graph)(graph, sorted(wanted))
@@ -275,7 +274,7 @@ def predict(
     _refuse_unlearned(committee, properties)
     atoms_list = [as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
-    wanted = {_NEEDED.get(name, name) for name in properties}
+    wanted = _wanted(committee, properties)
     seen = electrons_seen(metadata)
     for batch in _batches(atoms_list, committee, on_error):
         joined = AtomGraph.batch([item.graph for item in batch])
@@ -342,6 +341,11 @@ def _added(results: Results, below: Values) -> Results:
         elif name in found:
             del found[name]
     return found
+
+
+def _wanted(model: Committee, properties: Sequence[str]) -> set[str]:
+    needed = _NEEDED if len(model.members) == 1 else _NEEDED_OF_SEVERAL
+    return {needed.get(name, name) for name in properties}
 
 
 def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from ase import Atoms
 
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RoundFiles, write_structures
+from orbcalc.active.quantities import expected_error
 from orbcalc.config import PotentialConfig, RunConfig, TrainConfig, dump_config, load_config
 from orbcalc.errors import ConfigError, MissingLabelError, OrbcalcError, StructureError
 from orbcalc.files import append_json, write_text
@@ -205,16 +206,23 @@ def predict_pool(
     structures: Sequence[Atoms],
     device: str,
     *,
+    quantity: str = "energy_per_atom",
     forces: bool = False,
 ) -> list[dict[str, Any]]:
-    """Predict energy, uncertainty per atom, features, and forces if asked for; empty if impossible.
+    """Predict energy, its uncertainty per atom, features, and forces if asked for.
+
+    Returns
+    -------
+    list of dict
+        Empty for a structure that cannot be predicted. ``score`` is the expected error of the
+        quantity, see `quantities.expected_error`.
 
     Raises
     ------
     OrbcalcError
         If the model cannot predict at all.
     """
-    return _in_chunks(executor, partial(predict_chunk, model, device, forces), structures)
+    return _in_chunks(executor, partial(predict_chunk, model, device, quantity, forces), structures)
 
 
 def predict_results(
@@ -279,16 +287,17 @@ def predict_results_chunk(
 
 
 def predict_chunk(
-    model: Path, device: str, forces: bool, structures: list[Atoms]
+    model: Path, device: str, quantity: str, forces: bool, structures: list[Atoms]
 ) -> list[dict[str, Any]]:
     """Predict some structures on a model worker."""
     from orbcalc.calculator import predict
 
     more = ("forces",) if forces else ()
+    scored = ("forces_uncertainty",) if quantity == "forces" else ()
     results = predict(
         model,
         structures,
-        ("energy", "features", *more),
+        ("energy", "features", *scored, *more),
         device=device,
         on_error="skip",
         baseline="labels",
@@ -298,6 +307,7 @@ def predict_chunk(
             "energy": result["energy"],
             "uncertainty": result["energy_uncertainty"] / len(atoms),
             "features": result["features"],
+            "score": expected_error(quantity, result, len(atoms)),
             **{name: result[name] for name in more},
         }
         if result

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["QUANTITIES", "Quantity", "prediction_error"]
+__all__ = ["QUANTITIES", "Quantity", "expected_error", "prediction_error"]
 
 
 class Quantity(NamedTuple):
@@ -66,3 +66,33 @@ def prediction_error(
     if quantity == "forces":
         return float(np.linalg.norm(difference, axis=1).max())
     return float(difference) / (n_atoms if quantity == "energy_per_atom" else 1)
+
+
+def expected_error(quantity: str, results: Mapping[str, Any], n_atoms: int) -> float:
+    """Return how large the error of a prediction may be, in the unit of the quantity.
+
+    Parameters
+    ----------
+    quantity
+        Key of `QUANTITIES`.
+    results
+        ``energy_uncertainty`` in eV and, for forces, ``forces_uncertainty`` of shape (n_atoms,) in
+        eV/Å.
+    n_atoms
+        Of the structure.
+
+    Returns
+    -------
+    error
+        One standard deviation of an energy, or of a force component on the worst atom; NaN if that
+        is not known.
+
+    Examples
+    --------
+    >>> expected_error("energy_per_atom", {"energy_uncertainty": 0.1}, 2)
+    0.05
+    """
+    if quantity == "forces":
+        return float(np.max(results.get("forces_uncertainty", np.nan)))
+    energy = float(results.get("energy_uncertainty", np.nan))
+    return energy / (n_atoms if quantity == "energy_per_atom" else 1)

@@ -190,13 +190,19 @@ class Round:
     def _predict(self, keys: Sequence[str], pool: Mapping[str, Atoms]) -> None:
         assert self.committee is not None
         structures = self._predictable({key: pool[key] for key in keys})
-        found = predict_pool(self.executor, self.committee, structures, self.config.device)
+        found = predict_pool(
+            self.executor,
+            self.committee,
+            structures,
+            self.config.device,
+            quantity=self.config.certificate.quantity,
+        )
         self._predictions = dict(zip(keys, found, strict=True))
 
     def _hardest(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> list[str]:
         predictions = [self._predictions[key] for key in open_keys]
         chosen = choose_batch(
-            [p.get("uncertainty", np.nan) for p in predictions],
+            [p.get("score", np.nan) for p in predictions],
             self.config.selection,
             features=_features(predictions),
             costs=self._costs(open_keys, pool) if self.config.selection.cost_aware else None,

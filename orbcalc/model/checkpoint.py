@@ -20,7 +20,7 @@ from orbcalc.model.potential import Potential, Statistics
 
 __all__ = ["electrons_seen", "load_model", "potential_content", "potential_from", "save_model"]
 
-_KIND, _VERSION = "model", 3
+_KIND, _VERSION = "model", 4
 _UNITS = {"energy": "eV", "length": "Å", "charge": "e", "stress": "eV/Å³"}
 
 

@@ -119,7 +119,10 @@ class Committee(nn.Module):
     def forward(
         self, graph: AtomGraph, properties: Collection[str] = ("energy",)
     ) -> CommitteePrediction:
-        """Evaluate all members; see `Potential.forward` for the properties."""
+        """Evaluate all members; see `Potential.forward` for the properties.
+
+        A single member says how sure it is of forces even if they are not asked for.
+        """
         if self._has_rigidity:
             properties = [*properties, "rigidity"]
         predictions: list[Prediction] = [member(graph, properties) for member in self.members]
@@ -143,9 +146,8 @@ class Committee(nn.Module):
                 energy_interval_95=torch.hypot(energy * scale.energy_95, 1.96 * unknown),
             )
         forces = _score(result.atom_rigidity, result.forces_spread, scale.forces_spread_weight)
-        if forces is None or result.forces is None:
-            return result
-        if scale.forces is None or scale.forces_95 is None:
+        is_complete = len(self.members) == 1 or result.forces is not None
+        if forces is None or not is_complete or scale.forces is None or scale.forces_95 is None:
             return result
         return replace(
             result,

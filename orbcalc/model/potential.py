@@ -65,13 +65,13 @@ class Prediction:
     """eV/Å."""
     energy_rigidity: Float[Tensor, " n_structures"] | None = None
     atom_rigidity: Float[Tensor, " n_atoms"] | None = None
-    """How far the last layer of a structure, and of each atom, is from those of the training set;
+    """How far the last layer of a structure, and of each atom, is from those of the training set:
     uncertainties up to a factor. See `training.calibration`."""
     reference_uncertainty: Float[Tensor, " n_structures"] | None = None
     """What unknown reference energies may come to, eV; comes with the rigidities."""
-    last_layer: Float[Tensor, "n_structures n_last"] | None = None
-    """What the energy is a linear function of: the last layer of the energy head, summed over the
-    atoms, and how many atoms there are of each element."""
+    last_layer: Float[Tensor, "n_atoms n_last"] | None = None
+    """What the energy of each atom is a linear function of: the last layer of the energy head, and
+    1 for its element."""
     features: Float[Tensor, "n_structures channels"] | None = None
     """Mean over atoms of the last scalar update: where a structure lies in the latent space."""
 
@@ -131,6 +131,7 @@ class Potential(nn.Module):
             )
         n_last = self.energy_head.readout.in_features + len(self.elements)
         self.register_buffer("whitening", torch.zeros(n_last, n_last))
+        self.register_buffer("atom_whitening", torch.zeros(n_last, n_last))
         told = torch.ones(len(self.elements), dtype=torch.bool)
         self.register_buffer("told", told if statistics.told is None else statistics.told)
         diagonal = torch.as_tensor(diagonal_basis(), dtype=torch.float64)
@@ -244,7 +245,7 @@ class Potential(nn.Module):
         if "last_layer" in properties:
             last = self.energy_head.last_layer(nodes)
             kinds = nn.functional.one_hot(elements, len(self.elements)).to(last)
-            found["last_layer"] = graph.sum_over_atoms(torch.cat([last, kinds], dim=-1))
+            found["last_layer"] = torch.cat([last, kinds], dim=-1)
         if "features" in properties:
             count = graph.n_atoms_of_structure[:, None]
             found["features"] = graph.sum_over_atoms(nodes.updates[-1]) / count
@@ -273,16 +274,24 @@ class Potential(nn.Module):
     def _rigidity(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph
     ) -> dict[str, Tensor]:
-        """Return norms of the whitened last layer, and what it knows nothing of.
+        """Return rigidities from the whitened last layer, and what it knows nothing of.
 
-        A reference energy that nothing has told may be as large as the others are.
+        Errors of energies grow faster than the last layer moves away from the training set, as
+        other layers leave it, too: so the root of how new its atoms are is a factor. A reference
+        energy that nothing has told may be as large as the others are.
         """
         last = self.energy_head.last_layer(nodes).detach()
-        of_layer, of_elements = self.get_buffer("whitening").tensor_split([last.shape[1]])
-        white = last @ of_layer + of_elements[elements]
+
+        def whitened(name: str) -> Tensor:
+            of_layer, of_elements = self.get_buffer(name).tensor_split([last.shape[1]])
+            return last @ of_layer + of_elements[elements]
+
+        novelty = whitened("atom_whitening").norm(dim=-1)
+        mean_square = graph.sum_over_atoms(novelty.square()) / graph.n_atoms_of_structure
+        energy = graph.sum_over_atoms(whitened("whitening")).norm(dim=-1)
         return {
-            "energy_rigidity": graph.sum_over_atoms(white).norm(dim=-1),
-            "atom_rigidity": white.norm(dim=-1),
+            "energy_rigidity": energy * mean_square**0.25,
+            "atom_rigidity": novelty,
             "reference_uncertainty": self._size_of_references
             * graph.sum_over_atoms((~self.told[elements]).double()),
         }

@@ -5,8 +5,12 @@ The rigidity of the last layer (LLPR, Bigi 2024, 2403.02251) says which errors a
 of atoms of each element, by which reference energies count), the variance of the energy is
 ``α² fᵀ (F + ζ)⁻¹ f`` where ``F = Σ f fᵀ / n²`` over the training set, whose loss is that of
 energies per atom. It is stored as a matrix ``W`` with ``W Wᵀ = (F + ζ)⁻¹``, so that the standard
-deviation is the norm of ``Wᵀ f``; for one atom, with its own part of ``f``, the same norm stands
-for the uncertainty of its force. Members of a committee are averaged.
+deviation is the norm of ``Wᵀ f``.
+
+How new an atom is, the same norm of its own part ``g`` of ``f`` says, with the mean of ``g gᵀ``
+over the atoms of those structures for ``F``. It stands for the uncertainty of the force on the
+atom, and the root of its RMS over the atoms is a factor of the energy's. Members of a committee are
+averaged.
 
 A committee also has the spread of its members: its square is added, with the weight that makes the
 errors held out the likeliest. docs/uncertainty.md compares all of them.
@@ -36,8 +40,11 @@ __all__ = ["calibrate"]
 #: Share of a normal distribution within one standard deviation.
 ONE_SIGMA = 0.6827
 
-#: ζ, in units of the mean eigenvalue of F: the likeliest one is taken.
+#: ζ of structures, in units of the mean eigenvalue of F: the likeliest one is taken.
 _REGULARISERS = tuple(10.0**power for power in range(-9, 2))
+
+#: That of atoms, which are many: smaller ones and 1e-4 do as well.
+_ATOM_REGULARISER = 1e-5
 
 #: Weight of the spread, in units of what makes it as large as the rigidity: the likeliest, too.
 _SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
@@ -150,40 +157,76 @@ def _scales(held_out: _HeldOut) -> tuple[float, float, float]:
 def _measure_rigidity(
     potential: Potential, train: LabelDataset, valid: LabelDataset, batch_size: int
 ) -> None:
-    """Set the whitening of the last layer; it is zero without energies."""
-    buffer = potential.get_buffer("whitening")
-    buffer.zero_()  # it may be that of an earlier training
-    known, _, n_known = _last_layers(potential, train, batch_size)
-    new, errors, n_new = _last_layers(potential, valid, batch_size)
-    told = errors.isfinite()
-    new, errors, n_new = new[told], errors[told], n_new[told]
-    if len(known) == 0 or len(new) == 0:
+    """Set the whitenings of the last layer; they are zero without energies."""
+    buffers = [potential.get_buffer(name) for name in ("whitening", "atom_whitening")]
+    for buffer in buffers:
+        buffer.zero_()  # it may be that of an earlier training
+    products, n_known = _mean_products(potential, train, batch_size)
+    if n_known == 0:
         return
-    per_atom = known / n_known[:, None]
-    scales = _column_scales(per_atom, len(potential.elements))
-    values, vectors = torch.linalg.eigh((per_atom * scales).T @ (per_atom * scales))
-    values = values.clamp_min(0.0)
-    projected = ((new * scales) @ vectors) ** 2
-    roots = n_new.sqrt()
+    n_elements = len(potential.elements)
+    (of_atoms,) = _whitenings(products[1], n_elements, (_ATOM_REGULARISER,))
+    rows: list[tuple[Tensor, Tensor]] = []
+    for graph, targets in on_device(valid, batch_size, potential):
+        with torch.no_grad():
+            prediction = potential(graph, ("energy", "last_layer"))
+        assert prediction.last_layer is not None
+        last, n_atoms = prediction.last_layer.double(), graph.n_atoms_of_structure.double()
+        novelty = graph.sum_over_atoms((last @ of_atoms).square().sum(1)) / n_atoms
+        scaled = graph.sum_over_atoms(last) * (novelty**0.25 / n_atoms.sqrt())[:, None]
+        errors = _energy_errors(potential, prediction, targets, graph) / n_atoms.sqrt()
+        told = errors.isfinite()
+        rows.append((errors[told], scaled[told]))
+    errors, scaled = (torch.cat(column) for column in zip(*rows, strict=True))
+    if len(errors) == 0:
+        return
+    of_structures = min(
+        _whitenings(products[0], n_elements, _REGULARISERS),
+        key=lambda whitening: _unlikelihood(errors, (scaled @ whitening).norm(dim=1)),
+    )
+    for buffer, whitening in zip(buffers, (of_structures, of_atoms), strict=True):
+        buffer.copy_(whitening.to(buffer))
 
-    def unlikelihood(factor: float) -> float:
-        rigidity = (projected / (values + factor * values.mean())).sum(1).sqrt()
-        return _unlikelihood(errors / roots, rigidity / roots)
 
-    factor = min(_REGULARISERS, key=unlikelihood)
-    whitening = vectors / (values + factor * values.mean()).sqrt()
-    buffer.copy_((scales[:, None] * whitening).to(buffer))
+def _mean_products(
+    potential: Potential, train: LabelDataset, batch_size: int
+) -> tuple[Float[Tensor, "2 n_last n_last"], int]:
+    """Return the mean of f fᵀ / n² over structures with an energy, of g gᵀ over their atoms.
+
+    Also the number of those structures.
+    """
+    n_last = len(potential.get_buffer("whitening"))
+    device = potential.element_index.device
+    products = torch.zeros(2, n_last, n_last, dtype=torch.float64, device=device)
+    counts = products.new_zeros(2)
+    for graph, targets in on_device(train, batch_size, potential):
+        labelled = torch.isfinite(targets.energy)
+        with torch.no_grad():
+            prediction = potential(graph, ("energy", "last_layer"))
+        assert prediction.last_layer is not None
+        last = prediction.last_layer.double()
+        means = graph.sum_over_atoms(last) / graph.n_atoms_of_structure[:, None]
+        for index, rows in enumerate((means[labelled], last[labelled[graph.structure_index]])):
+            products[index] += rows.T @ rows
+            counts[index] += len(rows)
+    return products / counts.clamp_min(1.0)[:, None, None], int(counts[0])
 
 
-def _column_scales(
-    per_atom: Float[Tensor, "n n_last"], n_elements: int
-) -> Float[Tensor, " n_last"]:
-    """Return factors that make the shares of elements, the last columns, as large as the others."""
-    scales = torch.ones_like(per_atom[0])
-    size = per_atom[:, :-n_elements].square().sum(1).mean().sqrt()
+def _whitenings(
+    products: Float[Tensor, "n_last n_last"], n_elements: int, regularisers: Sequence[float]
+) -> list[Float[Tensor, "n_last n_last"]]:
+    """Return W with ``W Wᵀ = (F + ζ)⁻¹`` for each ζ, which is in units of the mean eigenvalue of F.
+
+    The columns of elements, the last ones, are made as large as all others are together.
+    """
+    scales = torch.ones_like(products[0])
+    size = products.diagonal()[:-n_elements].sum().sqrt()
     if size > 0:  # not if all are lone atoms
         scales[-n_elements:] = size
-    return scales
+    values, vectors = torch.linalg.eigh(products * scales * scales[:, None])
+    values = values.clamp_min(0.0)
+    rows = scales[:, None] * vectors
+    return [rows / (values + factor * values.mean()).sqrt() for factor in regularisers]
 
 
 def _energy_errors(
@@ -195,23 +238,6 @@ def _energy_errors(
     untold = ~potential.told[potential.element_index[graph.numbers]]
     n_untold = graph.sum_over_atoms(untold.to(errors))
     return torch.where((n_bound > 0) & (n_untold == 0), errors, torch.nan)
-
-
-def _last_layers(
-    potential: Potential, dataset: LabelDataset, batch_size: int
-) -> tuple[Float[Tensor, "n n_last"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Return last layers, errors and numbers of atoms of the structures with an energy."""
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for graph, targets in on_device(dataset, batch_size, potential):
-        labelled = torch.isfinite(targets.energy)
-        with torch.no_grad():
-            prediction = potential(graph, ("energy", "last_layer"))
-        assert prediction.last_layer is not None
-        last, n_atoms = prediction.last_layer.double(), graph.n_atoms_of_structure.double()
-        errors = _energy_errors(potential, prediction, targets, graph)
-        rows.append((last[labelled], errors[labelled], n_atoms[labelled]))
-    last, errors, n_atoms = (torch.cat(column) for column in zip(*rows, strict=True))
-    return last, errors, n_atoms
 
 
 def _unlikelihood(errors: Tensor, scores: Tensor) -> float:

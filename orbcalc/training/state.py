@@ -17,7 +17,7 @@ from orbcalc.training.optimizer import Optimizer
 
 __all__ = ["TrainState"]
 
-_KIND, _VERSION = "training state", 3
+_KIND, _VERSION = "training state", 4
 
 
 @dataclass

@@ -26,6 +26,7 @@ from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.loop import ActiveLearning, run
 from orbcalc.active.modelling import _held_out, predict_pool, predict_results
+from orbcalc.active.quantities import QUANTITIES
 from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
 from orbcalc.calculator import predict
@@ -451,6 +452,20 @@ def test_predictions_are_made_on_the_device_of_the_run(story: Story, forces: boo
         predict_results(HereExecutor(), model, structures, "nonsense")
 
 
+@pytest.mark.parametrize("quantity", sorted(QUANTITIES))
+def test_scores_are_expected_errors_of_what_is_certified(story: Story, quantity: str) -> None:
+    model, structures = RunFolder(story.undisturbed).round(0).model, [molecule("H2O"), *waters(3)]
+    found = predict_pool(HereExecutor(), model, structures, "cpu", quantity=quantity)
+    results = predict(model, structures, ("energy", "forces"), device="cpu")
+    expected = {
+        "energy": [r["energy_uncertainty"] for r in results],
+        "energy_per_atom": [r["energy_uncertainty"] / 3 for r in results],
+        "forces": [r["forces_uncertainty"].max() for r in results],
+    }
+    assert [p["score"] for p in found] == pytest.approx(expected[quantity], rel=1e-5)
+    assert all("forces" not in p for p in found)
+
+
 def test_the_files_of_the_pool_are_read_once(
     client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -617,11 +632,11 @@ def test_an_element_that_no_model_knows_yet_is_the_hardest_and_a_miss(
 
 
 def no_numbers_for_two(
-    executor: Executor, model: Path, structures: Any, device: str
+    executor: Executor, model: Path, structures: Any, device: str, *, quantity: str
 ) -> list[dict[str, Any]]:
     """Predict NaN for the first structure, and nothing at all for the second."""
-    good = {"energy": -1.0, "uncertainty": 0.1, "features": np.zeros(4)}
-    bad = {"energy": np.nan, "uncertainty": np.nan, "features": np.full(4, np.nan)}
+    good = {"energy": -1.0, "uncertainty": 0.1, "score": 0.1, "features": np.zeros(4)}
+    bad = {**dict.fromkeys(good, np.nan), "features": np.full(4, np.nan)}
     return [bad, {}, *({**good} for _ in structures[2:])]
 
 

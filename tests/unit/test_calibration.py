@@ -116,6 +116,26 @@ def test_a_quantile_leaves_room_for_few(calibrated: Committee) -> None:
     assert ratios[4] == pytest.approx(1.0)  # rank ⌈6 x 0.68⌉ = 5 of 5
 
 
+def test_a_supercell_is_as_uncertain_as_its_cells(calibrated: Committee) -> None:
+    cell = structures.ethanol()
+    cell.set_cell([6.0, 6.5, 7.0])
+    cell.pbc = True
+    one, three = predict(calibrated, [cell, cell.repeat((3, 1, 1))], dtype="float64")
+    assert three["energy_uncertainty"] == pytest.approx(3 * one["energy_uncertainty"], rel=1e-4)
+    tiled = np.tile(one["forces_uncertainty"], 3)
+    np.testing.assert_allclose(three["forces_uncertainty"], tiled, rtol=1e-4)
+
+
+def test_atoms_unlike_those_of_the_training_are_uncertain(calibrated: Committee) -> None:
+    """Near the training set no more than usual, and the more the farther away."""
+    sizes = (0.03, 0.1, 0.3)
+    found = [predict(calibrated, rattled(calibrated, 20, size, seed=500)) for size in sizes]
+    for name in ("energy_uncertainty", "forces_uncertainty"):
+        near, far, farther = (np.mean([np.mean(r[name]) for r in results]) for results in found)
+        assert far > 1.5 * near
+        assert farther > 1.5 * far
+
+
 def far_apart(atoms: Atoms) -> Atoms:
     """Return the same atoms, each without neighbours."""
     apart = Atoms(atoms.numbers, 50.0 * np.arange(len(atoms))[:, None] * [1.0, 0.0, 0.0])

@@ -141,7 +141,7 @@ def test_the_file_says_what_it_is(good_file):
     members = members_of(good_file)
     manifest, content = json.loads(members[MEMBERS[0]]), json.loads(members[MEMBERS[1]])
     assert manifest["format"] == "orbcalc model"
-    assert manifest["format_version"] == 3
+    assert manifest["format_version"] == 4
     assert content["units"]["energy"] == "eV"
     assert content["members"][0]["elements"] == [1, 6, 7, 8, 9, 11, 16, 17, 26]
     assert content["members"][0]["config"]["cutoff"] == 4.0
@@ -150,8 +150,8 @@ def test_the_file_says_what_it_is(good_file):
 # ---------------------------------------------------------------------- damaged files
 def loads_the_same(path, good_file):
     """True if a file still gives the same content; CheckpointError passes through."""
-    content, tensors = read_archive(path, kind="model", version=3)
-    expected, weights = read_archive(good_file, kind="model", version=3)
+    content, tensors = read_archive(path, kind="model", version=4)
+    expected, weights = read_archive(good_file, kind="model", version=4)
     return content == expected and all(torch.equal(tensors[k], v) for k, v in weights.items())
 
 
@@ -292,15 +292,15 @@ def test_contents_that_are_not(good_file, tmp_path, text):
 
 
 def newer(manifest):
-    manifest["format_version"] = 4
+    manifest["format_version"] = 5
 
 
 def older(manifest):
-    manifest["format_version"] = 2
+    manifest["format_version"] = 3
 
 
 def version_of_another_type(manifest):
-    manifest["format_version"] = "3"
+    manifest["format_version"] = "4"
 
 
 def other_format(manifest):
@@ -310,9 +310,9 @@ def other_format(manifest):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, r"has format version 4, this orbcalc reads 3\. Update orbcalc"),
-        (older, r"has format version 2, this orbcalc reads 3\. .*train again"),
-        (version_of_another_type, "has format version '3'"),
+        (newer, r"has format version 5, this orbcalc reads 4\. Update orbcalc"),
+        (older, r"has format version 3, this orbcalc reads 4\. .*train again"),
+        (version_of_another_type, "has format version '4'"),
         (other_format, "is of format 'orbcalc training state', expected 'orbcalc model'"),
     ],
 )
@@ -496,7 +496,7 @@ def test_archives_of_another_kind(tmp_path):
 def test_shared_and_strided_tensors_are_written_as_they_look(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     tensors = {"transposed": base.T, "column": base[:, 1]}
-    write_archive(tmp_path / "a", kind="model", version=3, content={}, tensors=tensors)
-    _, found = read_archive(tmp_path / "a", kind="model", version=3)
+    write_archive(tmp_path / "a", kind="model", version=4, content={}, tensors=tensors)
+    _, found = read_archive(tmp_path / "a", kind="model", version=4)
     assert torch.equal(found["transposed"], base.T)
     assert torch.equal(found["column"], base[:, 1])
