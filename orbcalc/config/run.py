@@ -79,7 +79,10 @@ class PoolConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """How many structures are labelled in each round, and how they are chosen."""
 
-    method: Literal["uncertainty", "determinant", "diversity", "random"] = "uncertainty"
+    method: Literal["uncertainty", "determinant", "diversity", "random"] = Field(
+        default="uncertainty",
+        description="uncertainty: the least certain of what the certificate is about, spread out",
+    )
     initial: int = Field(default=50, ge=2, description="random structures of the first round")
     batch: int = Field(default=40, ge=1, description="hardest structures of each later round")
     audit: int = Field(
