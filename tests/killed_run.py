@@ -90,7 +90,14 @@ def live_through(folder: Path) -> Story:
 
 def _data(folder: Path) -> dict[str, Any]:
     start = write_pool(folder / "start.xyz", [structures.water()])
-    md = {"walkers": 2, "steps": 20, "every": 4, "rounds": 2, "max_uncertainty": None}
+    md = {
+        "walkers": 2,
+        "steps": 20,
+        "every": 4,
+        "rounds": 2,
+        "max_uncertainty": None,
+        "max_force_uncertainty": None,
+    }
     return run_data(
         write_pool(folder / "pool.xyz", waters(30)),
         folder / "unused",

@@ -15,6 +15,7 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import thermalize_momenta
 
 from orbcalc.active.labelling import worker_process
+from orbcalc.active.quantities import QUANTITIES, expected_error
 from orbcalc.config import MDConfig
 from orbcalc.errors import OrbcalcError
 from orbcalc.structures import geometry
@@ -122,12 +123,17 @@ def committee_walk(task: WalkTask) -> Walk:
 
     assert task.model is not None
     calculator = OrbcalcCalculator(task.model, device=task.device)
-    limit = task.config.max_uncertainty
+    limits = {
+        "energy_per_atom": task.config.max_uncertainty,
+        "forces": task.config.max_force_uncertainty,
+    }
 
     def stop(atoms: Atoms) -> str | None:
-        spread = calculator.results.get("energy_uncertainty")
-        if spread is None or limit is None or spread / len(atoms) <= limit:
-            return None
-        return f"uncertainty {spread / len(atoms):.3f} eV/atom above {limit} eV/atom"
+        for name, limit in limits.items():
+            found = expected_error(name, calculator.results, len(atoms))
+            if limit is not None and found > limit:
+                unit = QUANTITIES[name].unit
+                return f"uncertainty {found:.3f} {unit} above {limit} {unit}"
+        return None
 
     return walk(task.start, calculator, task.config, task.seed, stop=stop)

@@ -34,6 +34,11 @@ class MDConfig(StrictModel):
         gt=0,
         description="uncertainty of the energy, eV/atom, at which a walker is stopped",
     )
+    max_force_uncertainty: float | None = Field(
+        default=0.5,
+        gt=0,
+        description="the same of the force on any atom, eV/Å, however large the system is",
+    )
     rounds: int = Field(
         default=2, ge=1, description="rounds that enlarge the pool; afterwards it is fixed"
     )

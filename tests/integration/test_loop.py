@@ -792,7 +792,14 @@ def test_a_run_above_a_computed_baseline(client: Client, tmp_path: Path) -> None
         pool={
             "charges": True,
             "start": str(start),
-            "md": {"walkers": 1, "steps": 8, "every": 4, "rounds": 2, "max_uncertainty": None},
+            "md": {
+                "walkers": 1,
+                "steps": 8,
+                "every": 4,
+                "rounds": 2,
+                "max_uncertainty": None,
+                "max_force_uncertainty": None,
+            },
         },
         potential={"baseline": "GFN1-xTB"},
         selection={"initial": 10, "batch": 6, "audit": 4},

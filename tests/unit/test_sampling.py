@@ -139,14 +139,24 @@ def test_the_bootstrap_walk_runs_with_gfn1_in_a_torch_free_process() -> None:
 @pytest.mark.parametrize(
     ("factor", "limit", "n_frames"), [(1.0, None, 4), (1e6, 0.05, 1), (1e-9, 0.05, 4)]
 )
+@pytest.mark.parametrize(
+    ("name", "unit"), [("max_uncertainty", "eV/atom"), ("max_force_uncertainty", "eV/Å")]
+)
 def test_a_committee_walk_ends_where_the_members_disagree(
-    committee: Committee, tmp_path: Path, factor: float, limit: float | None, n_frames: int
+    committee: Committee,
+    tmp_path: Path,
+    name: str,
+    unit: str,
+    factor: float,
+    limit: float | None,
+    n_frames: int,
 ) -> None:
     path = tmp_path / "model.orbcalc"
     save_model(path, Committee([*committee.members], Calibration(factor, factor)))
-    config = CONFIG.model_copy(update={"max_uncertainty": limit, "timestep_fs": 0.01})
+    limits = {"max_uncertainty": None, "max_force_uncertainty": None, name: limit}
+    config = CONFIG.model_copy(update={**limits, "timestep_fs": 0.01})
     found = committee_walk(WalkTask(water(), config, seed=0, model=path))
     assert len(found.frames) == n_frames
     assert (found.reason == "finished") == (n_frames == 4)
     if n_frames == 1:
-        assert found.reason.endswith("above 0.05 eV/atom")
+        assert found.reason.endswith(f"above 0.05 {unit}")
