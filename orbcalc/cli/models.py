@@ -48,7 +48,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare a model with the labels of structures."""
+    """Compare a model with the labels of structures: errors, and shares within uncertainties."""
     from orbcalc.active.folder import write_structures
     from orbcalc.calculator import baseline_worker, open_model, predict
     from orbcalc.results import with_results
@@ -68,7 +68,7 @@ def evaluate(
     census = dataset.census()
     learned = ("forces", "stress", *(["charges"] if committee.first.charge_head else []))
     names = ["energy"] + [name for name in learned if census[name]]
-    errors = model_errors(committee, dataset, names)
+    errors = model_errors(committee, dataset, names, shares=True)
     if not errors:
         raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")
     if out is not None:

@@ -21,14 +21,19 @@ _UNITS = {
 
 
 def print_errors(errors: Mapping[str, float], title: str) -> None:
-    """Print mean errors of each quantity as a table."""
+    """Print mean errors of each quantity as a table, and shares within uncertainties if known."""
     table = Table(title=title)
     for column in ("quantity", "MAE", "RMSE", "unit"):
         table.add_column(column, justify="left" if column in ("quantity", "unit") else "right")
+    shares = [share for share in ("68", "95") if any(f"within_{share}" in name for name in errors)]
+    for share in shares:
+        table.add_column(f"within {share} % interval", justify="right")
     for name, (unit, factor) in _UNITS.items():
         if f"{name}_mae" in errors:
             mae, rmse = (f"{factor * errors[f'{name}_{kind}']:.3f}" for kind in ("mae", "rmse"))
-            table.add_row(name, mae, rmse, unit)
+            within = [errors.get(f"{name}_within_{share}") for share in shares]
+            cells = ["" if share is None else f"{100 * share:.1f} %" for share in within]
+            table.add_row(name, mae, rmse, unit, *cells)
     output.print(table)
 
 

@@ -243,9 +243,7 @@ class Potential(nn.Module):
                 )
                 found |= {"forces": forces, "stress": stress}
         if "last_layer" in properties:
-            last = self.energy_head.last_layer(nodes)
-            kinds = nn.functional.one_hot(elements, len(self.elements)).to(last)
-            found["last_layer"] = torch.cat([last, kinds], dim=-1)
+            found["last_layer"] = self._last_layer(nodes, elements)
         if "features" in properties:
             count = graph.n_atoms_of_structure[:, None]
             found["features"] = graph.sum_over_atoms(nodes.updates[-1]) / count
@@ -271,6 +269,13 @@ class Potential(nn.Module):
                     f"Use a potential that was trained on {symbol}."
                 )
 
+    def _last_layer(
+        self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"]
+    ) -> Float[Tensor, "n_atoms n_last"]:
+        last = self.energy_head.last_layer(nodes)
+        kinds = nn.functional.one_hot(elements, len(self.elements)).to(last)
+        return torch.cat([last, kinds], dim=-1)
+
     def _rigidity(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph
     ) -> dict[str, Tensor]:
@@ -280,15 +285,10 @@ class Potential(nn.Module):
         other layers leave it, too: so the root of how new its atoms are is a factor. A reference
         energy that nothing has told may be as large as the others are.
         """
-        last = self.energy_head.last_layer(nodes).detach()
-
-        def whitened(name: str) -> Tensor:
-            of_layer, of_elements = self.get_buffer(name).tensor_split([last.shape[1]])
-            return last @ of_layer + of_elements[elements]
-
-        novelty = whitened("atom_whitening").norm(dim=-1)
+        last = self._last_layer(nodes, elements).detach()
+        energy = (graph.sum_over_atoms(last) @ self.get_buffer("whitening")).norm(dim=-1)
+        novelty = (last @ self.get_buffer("atom_whitening")).norm(dim=-1)
         mean_square = graph.sum_over_atoms(novelty.square()) / graph.n_atoms_of_structure
-        energy = graph.sum_over_atoms(whitened("whitening")).norm(dim=-1)
         return {
             "energy_rigidity": energy * mean_square**0.25,
             "atom_rigidity": novelty,

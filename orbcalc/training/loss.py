@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orbcalc.config import PotentialConfig, TaskWeights
 from orbcalc.graph import AtomGraph
+from orbcalc.model.committee import CommitteePrediction
 from orbcalc.model.potential import Potential, Prediction
 from orbcalc.training.dataset import Targets
 from orbcalc.training.statistics import charge_targets
@@ -136,10 +137,18 @@ def multitask_loss(
 
 
 class ErrorSums:
-    """Errors gathered over batches: energy per atom, force components, stress, charges."""
+    """Errors gathered over batches: energy per atom, force components, stress, charges.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    shares
+        Count what is within the uncertainties of energies and forces, too.
+    """
+
+    def __init__(self, *, shares: bool = False) -> None:
+        self._shares = shares
         self._sums: dict[str, Tensor] = {}
+        self._within: dict[str, Tensor] = {}
 
     def add(
         self, potential: Potential, prediction: Prediction, graph: AtomGraph, targets: Targets
@@ -155,10 +164,38 @@ class ErrorSums:
         if prediction.orbital_charges is not None:
             elements = potential.element_index[graph.numbers]
             self._add("charges", *_charges(potential, prediction, elements, targets))
+        if self._shares and isinstance(prediction, CommitteePrediction):
+            self._add_shares(prediction, targets)
+
+    def _add_shares(self, prediction: CommitteePrediction, targets: Targets) -> None:
+        limits = {"68": prediction.energy_uncertainty, "95": prediction.energy_interval_95}
+        self._count_within("energy", prediction.energy[:, None], targets.energy[:, None], limits)
+        if prediction.forces is not None:
+            limits = {"68": prediction.forces_uncertainty, "95": prediction.forces_interval_95}
+            self._count_within("forces", prediction.forces, targets.forces, limits)
+
+    def _count_within(
+        self, name: str, output: Tensor, targets: Tensor, limits: Mapping[str, Tensor | None]
+    ) -> None:
+        labelled = torch.isfinite(targets)
+        for share, limit in limits.items():
+            if limit is None:
+                continue
+            inside = ((output - targets).abs() <= limit[:, None])[labelled].double()  # NaN is not
+            counts = torch.stack([inside.sum(), inside.new_tensor(float(len(inside)))])
+            key = f"{name}_within_{share}"
+            self._within[key] = self._within.get(key, torch.zeros_like(counts)) + counts
 
     def result(self) -> dict[str, float]:
-        """Return MAE and RMSE of each quantity that had labels; eV/atom, eV/Å, eV/Å³, e."""
-        found: dict[str, float] = {}
+        """Return MAE and RMSE of each quantity that had labels; eV/atom, eV/Å, eV/Å³, e.
+
+        With `shares`, ``energy_within_68``, ``forces_within_95`` and so on as well, from 0 to 1.
+        """
+        found = {
+            name: float(inside / count)
+            for name, (inside, count) in self._within.items()
+            if count > 0
+        }
         for name, (count, absolute, squared) in self._sums.items():
             if count > 0:
                 found[f"{name}_mae"] = float(absolute / count)

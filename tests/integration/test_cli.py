@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ase.io
+import numpy as np
 import pytest
 import torch
 from ase import Atoms
@@ -18,13 +19,14 @@ from killed_run import Story
 from small_runs import run_data, start_cli, train_config, waters, write_pool, write_yaml
 from structures import ammonium
 
+from orbcalc.calculator import predict
 from orbcalc.config import dump_config
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model, save_model
-from orbcalc.properties import REF_ENERGY, XTB_BLOCKS
+from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS
 from orbcalc.results import results_of
-from orbcalc.structures import structure_key
+from orbcalc.structures import read_structures, structure_key
 from orbcalc.training.run import train
 
 Cli = Callable[..., Any]
@@ -334,6 +336,17 @@ def test_train_and_evaluate(cli: Cli, here: Path, labelled_file: Path) -> None:
     table = cli("evaluate", "m.orbcalc", labelled_file).out
     assert "30 structures" in table
     assert f"{1000 * errors['energy_mae']:.3f}" in table
+    labelled = read_structures(labelled_file)
+    pairs = list(zip(predict("m.orbcalc", labelled), labelled, strict=True))
+    hits = [abs(p["energy"] - a.info[REF_ENERGY]) <= p["energy_uncertainty"] for p, a in pairs]
+    # The limits are errors of held-out structures, which are among these: rounding decides.
+    assert errors["energy_within_68"] == pytest.approx(np.mean(hits), abs=1.5 / 30)
+    hits = [
+        abs(p["forces"] - a.arrays[REF_FORCES]) <= p["forces_interval_95"][:, None]
+        for p, a in pairs
+    ]
+    assert errors["forces_within_95"] == pytest.approx(np.mean(hits), abs=0.01)
+    assert f"{100 * errors['forces_within_95']:.1f} %" in table
     assert "stress" not in table
 
 

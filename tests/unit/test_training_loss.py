@@ -12,6 +12,7 @@ from ase import Atoms
 from conftest import MakePotential
 
 from orbcalc.config import TaskWeights
+from orbcalc.model.committee import CommitteePrediction
 from orbcalc.model.potential import Potential, Prediction
 from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_ENERGY, XTB_FORCES
 from orbcalc.training.dataset import LabelDataset
@@ -267,3 +268,32 @@ def test_a_nan_prediction_makes_loss_and_errors_nan(
     sums = ErrorSums()
     sums.add(potential, broken, graph, targets)
     assert math.isnan(sums.result()["energy_mae"])
+
+
+@pytest.mark.parametrize("forces_are_known", [True, False])
+def test_shares_count_labels_and_nan_is_never_inside(
+    parts: tuple[LabelDataset, Potential], forces_are_known: bool
+) -> None:
+    """The energy of one structure has no label, the force on one atom is NaN."""
+    dataset, potential = parts
+    graph, targets = dataset.batch(range(len(dataset)))
+    energy = torch.nan_to_num(targets.energy) + torch.tensor([0.5, 0.5, -3.0])
+    forces = torch.nan_to_num(targets.forces)
+    forces[0] = torch.nan
+    limits = {
+        "energy_uncertainty": torch.ones(3),
+        "energy_interval_95": torch.full((3,), 4.0),
+        "forces_uncertainty": torch.full((graph.n_atoms,), 0.1),
+    }
+    committee = CommitteePrediction(energy, forces=forces if forces_are_known else None, **limits)
+    sums = ErrorSums(shares=True)
+    sums.add(potential, committee, graph, targets)
+    found = {name: value for name, value in sums.result().items() if "within" in name}
+    expected = {"energy_within_68": 0.5, "energy_within_95": 1.0}
+    if forces_are_known:
+        n_labelled = int(torch.isfinite(targets.forces).all(1).sum())
+        expected["forces_within_68"] = (n_labelled - 1) / n_labelled
+    assert found == pytest.approx(expected)
+    plain = ErrorSums()
+    plain.add(potential, committee, graph, targets)
+    assert not any("within" in name for name in plain.result())
