@@ -24,7 +24,7 @@ from orbcalc.errors import ConfigError, StructureError
 from orbcalc.graph import AtomGraph
 from orbcalc.labels.baseline import BaselineWorker, Outcome, labelled_baseline, raised
 from orbcalc.labels.label import Values
-from orbcalc.model.checkpoint import electrons_seen, load_model
+from orbcalc.model.checkpoint import electrons_seen, learned_charges, load_model
 from orbcalc.model.committee import Committee, CommitteePrediction
 from orbcalc.model.compiled import compiled
 from orbcalc.neighbors import SkinList
@@ -214,7 +214,7 @@ class OrbcalcCalculator(Calculator):
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:
         if "stress" in properties and not bool(graph.is_periodic.all()):
             raise PropertyNotImplementedError("stress needs a periodic structure with a volume")
-        _refuse_unlearned(self.model, properties)
+        _refuse_unlearned(self.model, self.metadata, properties)
 
 
 @torch.inference_mode(False)
@@ -238,7 +238,7 @@ def predict(
         ASE Atoms, or pymatgen structures and molecules.
     properties
         Any of energy, forces, stress, charges, orbital_charges, features; energy and
-        uncertainties are always there.
+        its uncertainty are always there, and of a single potential that of forces.
     on_error
         "raise", or "skip": a structure that cannot be computed has an empty result.
     baseline
@@ -271,7 +271,7 @@ def predict(
             f"there is no property {unknown[0]!r}; known are {', '.join(sorted(PREDICTED))}"
         )
     committee, metadata = open_model(model, device=device, dtype=dtype)
-    _refuse_unlearned(committee, properties)
+    _refuse_unlearned(committee, metadata, properties)
     atoms_list = [as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
     wanted = _wanted(committee, properties)
@@ -348,9 +348,11 @@ def _wanted(model: Committee, properties: Sequence[str]) -> set[str]:
     return {needed.get(name, name) for name in properties}
 
 
-def _refuse_unlearned(model: Committee, properties: Sequence[str]) -> None:
-    with_charges = not {"charges", "orbital_charges"}.isdisjoint(properties)
-    if with_charges and model.first.charge_head is None:
+def _refuse_unlearned(
+    model: Committee, metadata: Mapping[str, Any], properties: Sequence[str]
+) -> None:
+    has_charges = model.first.charge_head is not None and learned_charges(metadata)
+    if not has_charges and not {"charges", "orbital_charges"}.isdisjoint(properties):
         raise PropertyNotImplementedError(
             "this model was trained without charges; train it with `tasks: {charges: 1}`"
         )

@@ -281,8 +281,8 @@ def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
     """
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     n_label = config.label_workers or n_cores or 1
-    n_model = config.model_workers or min(members, n_cores or 1)
     gpus = _gpu_names()
+    n_model = config.model_workers or len(gpus) or min(members, n_cores or 1)
     workers: dict[str, Any] = {}
     for kind, count in (("label", n_label), ("model", n_model)):
         for number in range(count):

@@ -163,11 +163,12 @@ class RunFolder:
 
 
 def bare(atoms: Atoms) -> Atoms:
-    """Copy a structure: no calculator, no constraints, nothing of dynamics; labels are kept."""
+    """Copy a structure: no calculator, nothing of dynamics; labels and constraints are kept.
+
+    Initial charges and moments are kept as well: reference calculators may read them.
+    """
     copy: Atoms = atoms.copy()
-    copy.set_constraint()
-    for name in ("momenta", "initial_magmoms", "initial_charges"):
-        copy.arrays.pop(name, None)
+    copy.arrays.pop("momenta", None)
     return copy
 
 

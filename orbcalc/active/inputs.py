@@ -8,9 +8,11 @@ from ase import Atoms
 
 from orbcalc.active.folder import RunFolder
 from orbcalc.config import RunConfig
+from orbcalc.errors import ConfigError
 from orbcalc.files import fingerprints, write_json
-from orbcalc.labels.reference import check_file_labels
+from orbcalc.labels.reference import check_file_labels, refuse_unlike_copies, warn_of_electrons
 from orbcalc.labels.store import read_sources
+from orbcalc.structures import has_volume
 
 __all__ = ["Inputs", "read_inputs"]
 
@@ -33,11 +35,20 @@ def read_inputs(config: RunConfig, folder: RunFolder) -> Inputs:
         If a file cannot be read, or holds a structure that cannot be computed.
     MissingLabelError
         If labels should come from the files, and are not there.
+    LabelConflictError
+        If copies of a structure came with unlike labels.
+    ConfigError
+        If stresses should be learned, and no structure has any.
     """
     source = config.pool
     seen = fingerprints(source.files)  # before they are read: whatever changes later has changed
     pool = read_sources(source.structures)
     starts = pool if source.md is None or not source.start else read_sources(source.start)
     check_file_labels(pool, config.labels)
+    if config.labels.reference.calculator == "file":
+        refuse_unlike_copies(pool, config.labels)
+    warn_of_electrons([*pool, *starts], config.labels.reference)
+    if config.tasks.stress and not any(has_volume(atoms) for atoms in (*pool, *starts)):
+        raise ConfigError("tasks.stress has weight, but no structure of the pool has a volume")
     write_json(folder.inputs, seen)
     return Inputs(pool, starts)

@@ -19,7 +19,13 @@ from orbcalc.errors import LabelConflictError, LabelError
 from orbcalc.labels.compute import label_kinds, label_provenance
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.process import WorkerProcess, label_structures
-from orbcalc.labels.reference import check_file_labels, contradiction, wanted_quantities
+from orbcalc.labels.reference import (
+    check_file_labels,
+    contradiction,
+    refuse_unlike_copies,
+    wanted_quantities,
+    warn_of_electrons,
+)
 from orbcalc.labels.store import LABEL_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key
 
@@ -81,6 +87,7 @@ def label(
     config = reference if isinstance(reference, LabelConfig) else _config(reference)
     for number, atoms in enumerate(structures):
         check_structure(atoms, f"structure {number}")
+    warn_of_electrons(structures, config.reference)
     folder = nullcontext(None) if store is not None else TemporaryDirectory()
     with folder as path, open_executor(DaskConfig(model_workers=1), client=client) as executor:
         labels = LabelStore(store if store is not None else Path(str(path)) / "labels.db")
@@ -202,16 +209,7 @@ def _refuse_contradictions(
     structures: Sequence[Atoms], config: LabelConfig, store: LabelStore
 ) -> None:
     """Refuse labels from files that contradict each other, or what the store took from files."""
-    unique: dict[str, Atoms] = {}
-    for atoms in structures:
-        known = unique.setdefault(structure_key(atoms), atoms)
-        if known is not atoms:
-            name = contradiction(known, atoms, wanted_quantities(atoms, config))
-            if name is not None:
-                raise LabelConflictError(
-                    f"{atoms.get_chemical_formula()} is there twice, with unlike labels ({name}). "
-                    f"Leave one of them out."
-                )
+    unique = refuse_unlike_copies(structures, config)
     keys = [key for key in unique if store.has(key, "reference")]
     for key, stored in zip(keys, store.labelled_atoms(keys), strict=True):
         name = contradiction(stored, unique[key], wanted_quantities(unique[key], config))

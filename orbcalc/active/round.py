@@ -114,7 +114,7 @@ class Round:
         if md is None or self.number >= md.rounds:
             return []
         rng = self._rng("md")
-        if self.number > 0:  # spread out: start where earlier walkers have been
+        if len(starts) > md.walkers:
             starts = [starts[i] for i in rng.permutation(len(starts))[: md.walkers]]
         tasks = [
             WalkTask(
@@ -202,7 +202,7 @@ class Round:
     def _hardest(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> list[str]:
         predictions = [self._predictions[key] for key in open_keys]
         chosen = choose_batch(
-            [p.get("score", np.nan) for p in predictions],
+            [p["score"] if p else np.nan for p in predictions],
             self.config.selection,
             features=_features(predictions),
             costs=self._costs(open_keys, pool) if self.config.selection.cost_aware else None,
@@ -216,7 +216,7 @@ class Round:
         """Return what the committee says of the sample of a look, for the records."""
         if self.config.certificate.quantity != "forces":
             return _finite({key: self._predictions[key] for key in sample})
-        assert self.committee is not None  # forces: too many to compute for all
+        assert self.committee is not None  # forces: too many to keep of all
         structures = self._predictable({key: pool[key] for key in sample})
         found = predict_pool(
             self.executor, self.committee, structures, self.config.device, forces=True

@@ -18,6 +18,7 @@ from orbcalc.active.labelling import worker_process
 from orbcalc.active.quantities import QUANTITIES, expected_error
 from orbcalc.config import MDConfig
 from orbcalc.errors import OrbcalcError
+from orbcalc.labels.process import WorkerCrashed, WorkerTimeout
 from orbcalc.structures import geometry
 
 __all__ = ["Walk", "WalkTask", "bootstrap_walk", "committee_walk", "walk"]
@@ -93,20 +94,33 @@ def walk(
             return Walk(frames, f"{type(error).__name__}: {error}")
         if not np.isfinite(moving.positions).all():
             return Walk(frames, "positions are not finite")
-        frames.append(geometry(moving))
+        frames.append(_frame(moving))
         reason = stop(moving) if stop is not None else None
         if reason is not None:
             return Walk(frames, reason)
     return Walk(frames, "finished")
 
 
+def _frame(moving: Atoms) -> Atoms:
+    """Copy a structure with what references and later walks depend on, but no labels."""
+    frame = geometry(moving)
+    for name in ("initial_charges", "initial_magmoms"):
+        if name in moving.arrays:
+            frame.set_array(name, moving.arrays[name])
+    frame.set_constraint(moving.copy().constraints)
+    return frame
+
+
 def bootstrap_walk(task: WalkTask) -> Walk:
     """Run a walker with GFN1-xTB, in the torch-free child of a label worker."""
     # Far beyond any sensible walk; it is there so that a hanging SCF cannot hold the run.
     limit = 60.0 + 5.0 * task.config.steps
-    result: Walk = worker_process().call(
-        "orbcalc.active.sampling:_bootstrap_here", task, timeout_s=limit
-    )
+    try:
+        result: Walk = worker_process().call(
+            "orbcalc.active.sampling:_bootstrap_here", task, timeout_s=limit
+        )
+    except (WorkerCrashed, WorkerTimeout) as error:
+        return Walk([], f"{type(error).__name__}: {error}")
     return result
 
 
@@ -130,8 +144,10 @@ def committee_walk(task: WalkTask) -> Walk:
 
     def stop(atoms: Atoms) -> str | None:
         for name, limit in limits.items():
+            if limit is None or f"{name.split('_')[0]}_uncertainty" not in calculator.results:
+                continue
             found = expected_error(name, calculator.results, len(atoms))
-            if limit is not None and found > limit:
+            if not found <= limit:  # NaN is not
                 unit = QUANTITIES[name].unit
                 return f"uncertainty {found:.3f} {unit} above {limit} {unit}"
         return None

@@ -112,10 +112,11 @@ def select_batch(
         return shuffled[: as_count(size, "size")]
     if costs is not None:
         hardness = score_per_cost(hardness, costs)
-    if method == "uncertainty":
-        return select_hardest(hardness, size, features=features, diversity=diversity, rng=rng)
     if len(hardness) == 0:
         return np.zeros(0, dtype=np.intp)
+    # Without any prediction there are no features, and all are as hard as can be.
+    if method == "uncertainty" or (features is None and not np.isfinite(hardness).any()):
+        return select_hardest(hardness, size, features=features, diversity=diversity, rng=rng)
     if features is None:
         raise ConfigError(f"the selection method {method!r} needs features")
     if method == "determinant":

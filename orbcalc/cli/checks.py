@@ -26,7 +26,7 @@ def check(config_file: ConfigFile) -> None:
 
 def _check_run(config: RunConfig) -> None:
     from orbcalc.labels.process import WorkerProcess, label_structure
-    from orbcalc.labels.reference import check_file_labels
+    from orbcalc.labels.reference import check_file_labels, refuse_unlike_copies
     from orbcalc.labels.store import read_sources
     from orbcalc.structures import structure_key
 
@@ -40,6 +40,7 @@ def _check_run(config: RunConfig) -> None:
         output.print(_first_look(config, len(structures) + sampled))
     if config.labels.reference.calculator == "file":
         check_file_labels(structures, config.labels)
+        refuse_unlike_copies(read, config.labels)
     probe = max(structures or starts, key=len)
     with WorkerProcess() as process:
         for item in label_structure(process, probe, config.labels):
@@ -78,10 +79,16 @@ def _first_look(config: RunConfig, n_pool: int) -> str:
 
 
 def _check_training(config: TrainConfig) -> None:
-    from orbcalc.training.dataset import LabelDataset
-    from orbcalc.training.run import load_labelled
+    from orbcalc.model.checkpoint import load_model
+    from orbcalc.training.run import prepared
+    from orbcalc.training.statistics import given_energies
 
-    structures = load_labelled(config.train)
-    dataset = LabelDataset(structures, config.potential.cutoff, config.potential.baseline)
-    output.print(f"{len(dataset)} structures, labels: {dataset.census()}")
-    dataset.require(config.tasks)
+    config, _, train_set, valid_set = prepared(config)
+    census = {task: n + valid_set.census()[task] for task, n in train_set.census().items()}
+    n_train, n_valid = len(train_set), len(valid_set)
+    output.print(f"{n_train + n_valid} structures, labels: {census}; {n_valid} of them held out")
+    train_set.require(config.tasks)
+    if config.reference_energies is not None:
+        given_energies(config.reference_energies, train_set.elements)
+    if config.start_from is not None:
+        load_model(config.start_from)

@@ -51,6 +51,7 @@ def evaluate(
     """Compare a model with the labels of structures: errors, and shares within uncertainties."""
     from orbcalc.active.folder import write_structures
     from orbcalc.calculator import baseline_worker, open_model, predict
+    from orbcalc.model.checkpoint import learned_charges
     from orbcalc.results import with_results
     from orbcalc.training.dataset import LabelDataset
     from orbcalc.training.run import model_errors, read_labelled
@@ -66,7 +67,8 @@ def evaluate(
             worker.label(labelled)
     dataset = LabelDataset(labelled, committee.cutoff, committee.first.config.baseline)
     census = dataset.census()
-    learned = ("forces", "stress", *(["charges"] if committee.first.charge_head else []))
+    has_charges = committee.first.charge_head is not None and learned_charges(metadata)
+    learned = ("forces", "stress", *(["charges"] if has_charges else []))
     names = ["energy"] + [name for name in learned if census[name]]
     errors = model_errors(committee, dataset, names, shares=True)
     if not errors:

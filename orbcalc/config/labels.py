@@ -18,7 +18,8 @@ class ReferenceConfig(StrictModel):
         default="GFN2-xTB",
         description="'GFN2-xTB' (built in), 'pyscf' (DFT, needs the extra), 'file' (REF_ keys of "
         "the structures themselves), or the import path of any ASE calculator class or factory, "
-        "'package.module:Name'",
+        "'package.module:Name', which takes a charge or a spin from atoms.info itself; each worker "
+        "has a directory of its own below the calculator's",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the calculator"

@@ -40,7 +40,10 @@ class MDConfig(StrictModel):
         description="the same of the force on any atom, eV/Å, however large the system is",
     )
     rounds: int = Field(
-        default=2, ge=1, description="rounds that enlarge the pool; afterwards it is fixed"
+        default=2,
+        ge=1,
+        description="rounds that enlarge the pool, if it is not certified before; afterwards it is "
+        "fixed",
     )
 
     @model_validator(mode="after")
@@ -197,6 +200,11 @@ class RunConfig(StrictModel):
         ):
             if task in self.tasks.active and not getattr(self.labels, labels):
                 raise ValueError(f"tasks.{task} has weight, but labels.{labels} is false")
+        if self.potential.xtb_head not in (None, "none") and not self.labels.charges:
+            raise ValueError(
+                f"potential.xtb_head: {self.potential.xtb_head} learns GFN1-xTB energies, but "
+                f"labels.charges is false"
+            )
         if self.pool.charges and not self.labels.charges:
             raise ValueError("pool.charges is true, but labels.charges is false")
         if self.potential.baseline != "none" and not self.pool.charges:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
+import socket
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +17,11 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from orbcalc.config import LabelConfig, ReferenceConfig
-from orbcalc.errors import ConfigError, LabelError, MissingLabelError
+from orbcalc.errors import ConfigError, LabelConflictError, LabelError, MissingLabelError
 from orbcalc.labels.label import Label, Provenance, Values, attempt
 from orbcalc.labels.xtb import XTBSettings, xtb_provenance, xtb_values
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS, SPIN_KEY
+from orbcalc.structures import charge_and_multiplicity, structure_key
 
 __all__ = [
     "ReferenceLabeler",
@@ -25,8 +30,12 @@ __all__ = [
     "contradiction",
     "file_value",
     "reference_provenance",
+    "refuse_unlike_copies",
     "wanted_quantities",
+    "warn_of_electrons",
 ]
+
+logger = logging.getLogger(__name__)
 
 FILE_KEYS = {"energy": REF_ENERGY, "forces": REF_FORCES, "stress": REF_STRESS}
 GFN2 = "GFN2-xTB"
@@ -247,6 +256,42 @@ def contradiction(one: Atoms, other: Atoms, names: Iterable[str] = FILE_KEYS) ->
     return None
 
 
+def refuse_unlike_copies(structures: Iterable[Atoms], config: LabelConfig) -> dict[str, Atoms]:
+    """Return structures by key, and refuse copies of one that came with unlike labels.
+
+    Raises
+    ------
+    LabelConflictError
+        Naming the first pair.
+    """
+    unique: dict[str, Atoms] = {}
+    for atoms in structures:
+        known = unique.setdefault(structure_key(atoms), atoms)
+        if known is not atoms:
+            name = contradiction(known, atoms, wanted_quantities(atoms, config))
+            if name is not None:
+                raise LabelConflictError(
+                    f"{atoms.get_chemical_formula()} is there twice, with unlike labels ({name}). "
+                    f"Leave one of them out."
+                )
+    return unique
+
+
+def warn_of_electrons(structures: Iterable[Atoms], reference: ReferenceConfig) -> None:
+    """Tell that a calculator of the user's may not read a charge or a spin of ``atoms.info``."""
+    if ":" not in reference.calculator:
+        return
+    for atoms in structures:
+        if charge_and_multiplicity(atoms)[0] != 0 or SPIN_KEY in atoms.info:
+            logger.warning(
+                "%s has a charge or a spin in atoms.info: GFN1-xTB and the potential read it, "
+                "and %s must, too, or its labels are those of another state",
+                atoms.get_chemical_formula(),
+                reference.calculator,
+            )
+            return
+
+
 def _xtb_settings(reference: ReferenceConfig) -> XTBSettings:
     try:
         return XTBSettings(**reference.arguments)
@@ -266,7 +311,7 @@ def _make_calculator(reference: ReferenceConfig) -> Any:
 
             return PySCFCalculator(**reference.arguments)
         module, name = _split_path(reference.calculator)
-        return getattr(importlib.import_module(module), name)(**reference.arguments)
+        calculator = getattr(importlib.import_module(module), name)(**reference.arguments)
     except ConfigError:
         raise
     except Exception as error:
@@ -274,6 +319,11 @@ def _make_calculator(reference: ReferenceConfig) -> Any:
             f"reference.calculator {reference.calculator!r} with arguments "
             f"{reference.arguments} cannot be made: {type(error).__name__}: {error}"
         ) from error
+    if getattr(calculator, "directory", None) is not None:
+        # Workers that share a directory would read each other's files.
+        own = f"label-{socket.gethostname()}-{os.getpid()}"
+        calculator.directory = str(Path(calculator.directory) / own)
+    return calculator
 
 
 def _split_path(path: str) -> tuple[str, str]:

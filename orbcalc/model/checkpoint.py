@@ -18,7 +18,10 @@ from orbcalc.model.archive import read_archive, write_archive
 from orbcalc.model.committee import Calibration, Committee
 from orbcalc.model.potential import Potential, Statistics
 
-__all__ = ["electrons_seen", "load_model", "potential_content", "potential_from", "save_model"]
+__all__ = [
+    "electrons_seen", "learned_charges", "load_model", "potential_content", "potential_from",
+    "save_model",
+]  # fmt: skip
 
 _KIND, _VERSION = "model", 4
 _UNITS = {"energy": "eV", "length": "Å", "charge": "e", "stress": "eV/Å³"}
@@ -28,9 +31,18 @@ class _TrainingSet(BaseModel):
     electrons: list[tuple[int, int]] = []
 
 
+class _Tasks(BaseModel):
+    charges: float = 1.0
+
+
+class _TrainConfig(BaseModel):
+    tasks: _Tasks = _Tasks()
+
+
 class _Metadata(BaseModel):
     """What is read of the metadata; there may be more."""
 
+    config: _TrainConfig = _TrainConfig()
     labels: dict[str, str] = {}
     training_set: _TrainingSet = _TrainingSet()
     valid_errors: dict[str, float] = {}
@@ -103,6 +115,11 @@ def load_model(
 def electrons_seen(metadata: Mapping[str, Any]) -> set[tuple[int, int]]:
     """Return charge and multiplicity of the training structures, as far as a file says them."""
     return set(_Metadata.model_validate(metadata).training_set.electrons)
+
+
+def learned_charges(metadata: Mapping[str, Any]) -> bool:
+    """Tell whether the training gave charges a weight; true if a file does not say it."""
+    return _Metadata.model_validate(metadata).config.tasks.charges > 0
 
 
 def potential_content(potential: Potential) -> dict[str, Any]:

@@ -286,12 +286,14 @@ class Potential(nn.Module):
         energy that nothing has told may be as large as the others are.
         """
         last = self._last_layer(nodes, elements).detach()
-        energy = (graph.sum_over_atoms(last) @ self.get_buffer("whitening")).norm(dim=-1)
+        # In float64: what rounding leaves of a large sum, the whitening enlarges.
+        total = graph.sum_over_atoms(last.double()).to(last)
+        energy = (total @ self.get_buffer("whitening")).norm(dim=-1)
         novelty = (last @ self.get_buffer("atom_whitening")).norm(dim=-1)
         mean_square = graph.sum_over_atoms(novelty.square()) / graph.n_atoms_of_structure
         return {
             "energy_rigidity": energy * mean_square**0.25,
-            "atom_rigidity": novelty,
+            "atom_rigidity": torch.where(graph.mask.any(1), novelty, 0.0),  # no force if alone
             "reference_uncertainty": self._size_of_references
             * graph.sum_over_atoms((~self.told[elements]).double()),
         }

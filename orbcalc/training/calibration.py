@@ -5,12 +5,12 @@ The rigidity of the last layer (LLPR, Bigi 2024, 2403.02251) says which errors a
 of atoms of each element, by which reference energies count), the variance of the energy is
 ``α² fᵀ (F + ζ)⁻¹ f`` where ``F = Σ f fᵀ / n²`` over the training set, whose loss is that of
 energies per atom. It is stored as a matrix ``W`` with ``W Wᵀ = (F + ζ)⁻¹``, so that the standard
-deviation is the norm of ``Wᵀ f``.
+deviation would be the norm of ``Wᵀ f``.
 
-How new an atom is, the same norm of its own part ``g`` of ``f`` says, with the mean of ``g gᵀ``
-over the atoms of those structures for ``F``. It stands for the uncertainty of the force on the
-atom, and the root of its RMS over the atoms is a factor of the energy's. Members of a committee are
-averaged.
+How new an atom is, the norm of ``Vᵀ g`` says, with its own part ``g`` of ``f``, and ``V`` made as
+``W`` is of the mean of ``g gᵀ`` over the atoms of the training set. It stands for the uncertainty
+of the force on the atom. The root of its RMS over the atoms is a factor of the energy's:
+``|Wᵀ f| (mean |Vᵀ g|²)^¼``. Members of a committee are averaged.
 
 A committee also has the spread of its members: its square is added, with the weight that makes the
 errors held out the likeliest. docs/uncertainty.md compares all of them.
@@ -191,9 +191,9 @@ def _measure_rigidity(
 def _mean_products(
     potential: Potential, train: LabelDataset, batch_size: int
 ) -> tuple[Float[Tensor, "2 n_last n_last"], int]:
-    """Return the mean of f fᵀ / n² over structures with an energy, of g gᵀ over their atoms.
+    """Return the mean of f fᵀ / n² over structures with an energy, and that of g gᵀ over atoms.
 
-    Also the number of those structures.
+    These are the atoms of those structures, and all with a force. Also the number of structures.
     """
     n_last = len(potential.get_buffer("whitening"))
     device = potential.element_index.device
@@ -206,7 +206,9 @@ def _mean_products(
         assert prediction.last_layer is not None
         last = prediction.last_layer.double()
         means = graph.sum_over_atoms(last) / graph.n_atoms_of_structure[:, None]
-        for index, rows in enumerate((means[labelled], last[labelled[graph.structure_index]])):
+        forces_known = torch.isfinite(targets.forces).all(1)
+        own = last[labelled[graph.structure_index] | forces_known]
+        for index, rows in enumerate((means[labelled], own)):
             products[index] += rows.T @ rows
             counts[index] += len(rows)
     return products / counts.clamp_min(1.0)[:, None, None], int(counts[0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orbcalc.config import TrainConfig
+from orbcalc.config import PotentialConfig, TrainConfig
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset
@@ -67,7 +68,7 @@ def initial_potential(
         )
         fits = (
             len(committee.members) == config.committee
-            and committee.first.config == config.potential
+            and _sizes(committee.first.config) == _sizes(config.potential)
             and list(committee.first.elements) == train_set.elements
             and committee.first.shells == train_set.shells
         )
@@ -82,6 +83,11 @@ def initial_potential(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Potential(config.potential, train_set.elements, train_set.shells, statistics, dtype)
+
+
+def _sizes(config: PotentialConfig) -> dict[str, Any]:
+    """Return an architecture without the name that it may have."""
+    return config.model_dump(exclude={"preset"})
 
 
 def _takes_over(

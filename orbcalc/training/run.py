@@ -56,6 +56,7 @@ __all__ = [
     "finish_training",
     "load_labelled",
     "model_errors",
+    "prepared",
     "read_labelled",
     "split",
     "train",
@@ -132,9 +133,7 @@ def train_member(
     _refuse_other_run(config, finished.parent)
     if finished.exists():
         return finished
-    sets = sets or _read_sets(config)
-    config = _resolved(config, sets)
-    train_set, valid_set = _datasets(config, sets)
+    config, sets, train_set, valid_set = prepared(config, sets)
     seed = int(np.random.SeedSequence([config.seed, member]).generate_state(1)[0])
     state_path = finished.with_suffix(".state")
     trainer = Trainer(
@@ -167,9 +166,7 @@ def finish_training(
     for number in range(config.committee):
         member, _ = load_model(_member_path(config, number), device=device, dtype=dtype)
         members.append(member.first)
-    sets = sets or _read_sets(config)
-    config = _resolved(config, sets)
-    train_set, valid_set = _datasets(config, sets)
+    config, sets, train_set, valid_set = prepared(config, sets)
     committee = calibrate(Committee(members), train_set, valid_set)
     labelled = train_set.labelled(REFERENCE_TASKS)
     save_model(
@@ -191,6 +188,24 @@ def finish_training(
     )
     shutil.rmtree(_member_path(config, 0).parent, ignore_errors=True)
     return committee
+
+
+def prepared(
+    config: TrainConfig, sets: LabelledSets | None = None
+) -> tuple[TrainConfig, LabelledSets, LabelDataset, LabelDataset]:
+    """Return what a training begins with: its settings in full, its structures and data sets.
+
+    Raises
+    ------
+    LabelConflictError
+        If labels of different methods or versions are mixed.
+    ConfigError
+        If there are too few structures to hold some out.
+    """
+    sets = sets or _read_sets(config)
+    config = _resolved(config, sets)
+    terms = (config.potential.cutoff, config.potential.baseline)
+    return config, sets, LabelDataset(sets.train, *terms), LabelDataset(sets.valid, *terms)
 
 
 def model_errors(
@@ -306,11 +321,6 @@ def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
             XTB_ENERGY in atoms.info and not _has_reference(atoms) for atoms in sets.train
         )
     )
-
-
-def _datasets(config: TrainConfig, sets: LabelledSets) -> tuple[LabelDataset, LabelDataset]:
-    terms = (config.potential.cutoff, config.potential.baseline)
-    return LabelDataset(sets.train, *terms), LabelDataset(sets.valid, *terms)
 
 
 def _member_path(config: TrainConfig, member: int) -> Path:

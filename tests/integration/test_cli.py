@@ -131,6 +131,24 @@ def test_check_knows_the_labels_of_a_training(cli: Cli, here: Path, labelled_fil
     assert "task 'stress' needs REF_stress" in found.err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"valid": ["none.extxyz"]}, "none.extxyz"),
+        ({"start_from": "none.orbcalc"}, "none.orbcalc"),
+        ({"reference_energies": {"O": -100.0}}, r"missing elements \['H'\]"),
+    ],
+)
+def test_check_reads_all_that_a_training_needs(
+    cli: Cli, here: Path, labelled_file: Path, change: dict[str, Any], message: str
+) -> None:
+    config = train_config(labelled_file, here / "m.orbcalc", **change)
+    Path("train.yaml").write_text(dump_config(config))
+    found = cli("check", "train.yaml")
+    assert found.code in (1, 2)  # of the data, or of the configuration
+    assert re.search(message, found.err.replace("\n", " "))
+
+
 @pytest.mark.parametrize("name", ["run", "train"])
 def test_the_schema_is_json(cli: Cli, name: str) -> None:
     found = cli("schema", name)

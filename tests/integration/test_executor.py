@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
@@ -256,3 +257,28 @@ def test_a_handshake_that_fails_is_tried_again(
 def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert executor_module._gpu_names() == [n for n in visible.split(",") if n]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "expected"), [([], None, 1), (["0", "1", "2"], None, 3), (["0", "1"], 1, 1)]
+)
+def test_each_gpu_has_a_model_worker(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[str], asked: int | None, expected: int
+) -> None:
+    started: dict[str, Any] = {}
+
+    class NotStartedError(Exception):
+        pass
+
+    def cluster(workers: dict[str, Any], **_: Any) -> None:
+        started.update(workers)
+        raise NotStartedError
+
+    monkeypatch.setattr(executor_module, "_gpu_names", lambda: gpus)
+    monkeypatch.setattr(executor_module, "_LocalWorkers", cluster)
+    with pytest.raises(NotStartedError):
+        executor_module._local_cluster(DaskConfig(label_workers=1, model_workers=asked), members=1)
+    names = [name for name in started if name.startswith("model-")]
+    assert len(names) == expected
+    seen = [started[name]["options"]["env"].get("CUDA_VISIBLE_DEVICES") for name in names]
+    assert seen == (gpus[:expected] or [None])

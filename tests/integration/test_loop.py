@@ -668,6 +668,32 @@ def test_nan_predictions_are_the_hardest_and_never_hits(
     assert (look.n_audit, look.n_audit_misses, look.n_audit_failed) == (5, 2, 0)
 
 
+def test_the_batch_follows_the_score_of_what_is_certified(
+    executor: Executor, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the uncertainty of the energy per atom, which is for the records."""
+
+    def opposed(
+        executor: Executor, model: Path, structures: Any, device: str, *, quantity: str
+    ) -> list[dict[str, Any]]:
+        return [
+            {"energy": 0.0, "uncertainty": -n, "score": float(n), "features": np.zeros(4)}
+            for n in range(len(structures))
+        ]
+
+    selection = {"audit": 2, "batch": 3, "diversity": 1.0}
+    config = run_config(pool, tmp_path / "run", selection=selection, certificate=FORGIVING)
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    write_structures(folder.round(0).pool, read_structures(pool))
+    monkeypatch.setattr("orbcalc.active.round.predict_pool", opposed)
+    second = Round(1, config, folder, LabelStore(folder.labels), executor, lambda record: None)
+    structures = folder.pool(1)
+    chosen = second.select(structures)
+    second.select_batch(chosen, structures)
+    assert chosen["batch"] == list(reversed(structures))[:3]
+
+
 # ------------------------------------------------------------------------- held out
 def test_the_held_out_follow_from_their_content() -> None:
     structures = waters(60)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from small_runs import train_config, write_pool
+from ase.calculators.calculator import PropertyNotImplementedError
+from small_runs import train_config, waters, write_pool
 
 from orbcalc.calculator import predict
 from orbcalc.config import PotentialConfig, TrainConfig
@@ -435,6 +436,7 @@ def test_a_label_store_trains_like_a_file(label_store: Path, labelled_file: Path
 def test_copies_with_other_labels_are_told(
     quantity: str, labelled_waters: list[Atoms], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     copies = [labelled_waters[0].copy() for _ in range(3)]
     copies[1].info[REF_ENERGY] += 1e-8
     path = write_pool(tmp_path / "a.extxyz", [*labelled_waters, *copies])
@@ -611,6 +613,27 @@ def test_training_begins_afresh_where_it_does_not_fit(
     with caplog.at_level(logging.WARNING):
         train(start_from(labelled_file, tmp_path / "start.orbcalc", tmp_path / "b", **change))
     assert "does not fit the training set: starting afresh" in caplog.text
+
+
+def test_a_preset_is_only_a_name_for_sizes(
+    labelled_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(train_config(labelled_file, tmp_path / "start.orbcalc"))
+    named = {"preset": "small", "message_channels": 16}
+    with caplog.at_level(logging.WARNING):
+        train(
+            start_from(labelled_file, tmp_path / "start.orbcalc", tmp_path / "b", potential=named)
+        )
+    assert "starting afresh" not in caplog.text
+
+
+def test_charges_that_were_not_learned_are_not_predicted(
+    labelled_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.orbcalc"
+    train(train_config(labelled_file, path, tasks={"charges": 0}))
+    with pytest.raises(PropertyNotImplementedError, match="trained without charges"):
+        predict(path, waters(1), ("charges",))
 
 
 def test_a_start_that_is_not_there_is_an_error(labelled_file: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import structures
 import torch
 from ase import Atoms
+from ase.build import molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from conftest import MakePotential
 
@@ -80,6 +81,65 @@ def test_what_an_uncertainty_is_made_of(make_potential: MakePotential, n_members
     torch.testing.assert_close(prediction.energy_uncertainty, scale.energy * energy.sqrt())
     torch.testing.assert_close(prediction.forces_uncertainty, scale.forces * forces.sqrt())
     torch.testing.assert_close(prediction.forces_interval_95, scale.forces_95 * forces.sqrt())
+
+
+def unlike_structures(potential: Committee, what: str) -> list[Atoms]:
+    """Return ethanols, waters without an energy, and oxygens without forces."""
+    found = rattled(potential, 6, 0.05)
+    for number in range(6):
+        for name in ("H2O", "O2"):
+            atoms = molecule(name)
+            atoms.rattle(0.05, seed=number)
+            (result,) = predict(potential, [atoms])
+            if name == "O2":
+                atoms.info[REF_ENERGY] = result["energy"]
+            elif what == "forces":
+                atoms.arrays[REF_FORCES] = result["forces"]
+            found.append(atoms)
+    return found
+
+
+@pytest.mark.parametrize("waters_have", ["forces", "nothing"])
+def test_the_metrics_are_those_of_the_training_set(
+    make_potential: MakePotential, waters_have: str
+) -> None:
+    """(W Wᵀ)⁻¹ is a mean product of last layers, and a multiple of the columns' scales."""
+    potential = make_potential("none")
+    raw = Committee([potential])
+    train_set = unlike_structures(raw, waters_have)
+    valid = rattled(raw, 20, 0.05, error=0.2)
+    calibrate(raw, LabelDataset(train_set, 4.0), LabelDataset(valid, 4.0))
+    means, rows = [], []
+    for atoms in train_set:
+        last = potential(AtomGraph.from_atoms(atoms, 4.0), ("last_layer",)).last_layer.detach()
+        if REF_ENERGY in atoms.info:
+            means.append(last.mean(0))
+        if REF_ENERGY in atoms.info or REF_FORCES in atoms.arrays:
+            rows.append(last)
+    n_elements = len(potential.elements)
+    for name, known in (("whitening", torch.stack(means)), ("atom_whitening", torch.cat(rows))):
+        product = (known.T @ known / len(known)).double()
+        whitening = potential.get_buffer(name).double()
+        left = torch.linalg.inv(whitening @ whitening.T) - product
+        diagonal = left.diagonal()
+        scale = product.diagonal()[:-n_elements].sum()  # of the columns of elements, squared
+        ridge = diagonal[:-n_elements].mean()
+        expected = torch.full_like(diagonal, ridge)
+        expected[-n_elements:] /= scale
+        size = float(product.diagonal().max())
+        torch.testing.assert_close(left, torch.diag(expected), atol=1e-5 * size, rtol=1e-3)
+
+
+def test_rigidities_are_norms_of_the_whitened_last_layer(calibrated: Committee) -> None:
+    potential = calibrated.first
+    atoms = rattled(calibrated, 1, 0.1)[0]
+    found = potential(AtomGraph.from_atoms(atoms, 4.0), ("rigidity", "last_layer"))
+    last = found.last_layer.detach()
+    novelty = (last @ potential.get_buffer("atom_whitening")).norm(dim=1)
+    energy = (last.sum(0) @ potential.get_buffer("whitening")).norm()
+    torch.testing.assert_close(found.atom_rigidity, novelty)
+    factor = novelty.square().mean() ** 0.25
+    torch.testing.assert_close(found.energy_rigidity[0], energy * factor, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("telling", ["forces_spread", "atom_rigidity"])

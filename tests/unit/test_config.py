@@ -133,6 +133,16 @@ def test_all_problems_are_listed():
         ),
         (
             RunConfig,
+            RUN
+            | {
+                "labels": {"charges": False},
+                "tasks": {"charges": 0},
+                "potential": {"xtb_head": "task"},
+            },
+            "potential.xtb_head: task learns GFN1-xTB energies, but labels.charges is false",
+        ),
+        (
+            RunConfig,
             RUN | {"tasks": {"stress": 1.0}},
             "tasks.stress has weight, but labels.stress is false",
         ),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ase.constraints import FixAtoms
 from small_runs import write_pool
 from structures import ethanol, water
 
@@ -22,7 +24,7 @@ from orbcalc.config import (
     TaskWeights,
     load_config,
 )
-from orbcalc.errors import ConfigError, MissingLabelError
+from orbcalc.errors import ConfigError, LabelConflictError, MissingLabelError
 from orbcalc.structures import read_structures, structure_key
 
 
@@ -128,6 +130,49 @@ def test_files_that_no_run_could_begin_with_may_be_corrected(tmp_path: Path) -> 
     write_pool(path, [labelled])
     folder.prepare(config)
     assert len(read_inputs(config, folder).pool) == 1
+
+
+def test_copies_with_unlike_labels_begin_no_run(tmp_path: Path) -> None:
+    copies = [water(), water()]
+    for atoms, energy in zip(copies, (-1.0, -6.0), strict=True):
+        atoms.info["REF_energy"] = energy
+    path = write_pool(tmp_path / "pool.xyz", copies)
+    labels = LabelConfig(reference=ReferenceConfig(calculator="file"), forces=False)
+    pool, tasks = PoolConfig(structures=(path,)), TaskWeights(forces=0)
+    config = RunConfig(output=tmp_path / "run", pool=pool, labels=labels, tasks=tasks)
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    with pytest.raises(LabelConflictError, match=r"H2O is there twice.*\(energy\)"):
+        read_inputs(config, folder)
+
+
+def test_stresses_of_molecules_begin_no_run(tmp_path: Path) -> None:
+    path = write_pool(tmp_path / "pool.xyz", [water()])
+    config = RunConfig(
+        output=tmp_path / "run",
+        pool=PoolConfig(structures=(path,)),
+        labels=LabelConfig(stress=True),
+        tasks=TaskWeights(stress=1),
+    )
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    with pytest.raises(ConfigError, match="no structure of the pool has a volume"):
+        read_inputs(config, folder)
+
+
+def test_the_pool_keeps_moments_and_constraints(config: RunConfig) -> None:
+    atoms = water()
+    atoms.set_initial_magnetic_moments([2.0, 0.0, 0.0])
+    atoms.set_initial_charges([-1.0, 0.0, 0.0])
+    atoms.set_constraint(FixAtoms([1]))
+    atoms.set_momenta(np.ones((3, 3)))
+    folder = begin(config)
+    write_structures(folder.round(0).pool, [atoms])
+    (found,) = folder.pool(1).values()
+    np.testing.assert_array_equal(found.get_initial_magnetic_moments(), [2.0, 0.0, 0.0])
+    np.testing.assert_array_equal(found.get_initial_charges(), [-1.0, 0.0, 0.0])
+    assert found.constraints[0].index.tolist() == [1]
+    assert "momenta" not in found.arrays
 
 
 def test_a_folder_from_before_files_were_remembered_goes_on(config: RunConfig) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,12 @@ from orbcalc.errors import ConfigError, LabelError, MissingLabelError
 from orbcalc.labels import dft, label
 from orbcalc.labels.compute import compute_label, label_kinds, label_provenance
 from orbcalc.labels.label import LabelStatus, Provenance
-from orbcalc.labels.reference import ReferenceLabeler, check_file_labels, reference_provenance
+from orbcalc.labels.reference import (
+    ReferenceLabeler,
+    check_file_labels,
+    reference_provenance,
+    warn_of_electrons,
+)
 from orbcalc.labels.xtb import XTBSettings, xtb_values
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
 
@@ -99,6 +106,28 @@ def test_any_ase_calculator():
     np.testing.assert_allclose(found.values["stress"], atoms.get_stress(), atol=1e-12)
     assert found.provenance.method == "EMT"
     assert found.provenance.version.startswith("ase 3.")
+
+
+@pytest.mark.parametrize("directory", [None, "scratch/dft"])
+def test_each_worker_has_a_directory_of_its_own(directory):
+    """Calculators of external programs write files, always of the same names."""
+    arguments = {} if directory is None else {"directory": directory}
+    labeler = ReferenceLabeler(config("ase.calculators.emt:EMT", **arguments))
+    labeler.load()
+    found = Path(labeler._calculator.directory)
+    assert str(os.getpid()) in found.name
+    assert found.parent == Path(directory or ".")
+
+
+def test_a_warning_tells_that_calculators_may_not_read_charges(caplog):
+    caplog.set_level("WARNING")
+    charged = structures.water()
+    charged.info["charge"] = 1
+    for name, atoms in (("GFN2-xTB", charged), ("a:B", structures.water())):
+        warn_of_electrons([atoms], ReferenceConfig(calculator=name))
+    assert not caplog.text
+    warn_of_electrons([structures.water(), charged], ReferenceConfig(calculator="a:B"))
+    assert "H2O has a charge or a spin in atoms.info" in caplog.text
 
 
 def test_charge_in_info_is_not_hidden_by_ases_cache():

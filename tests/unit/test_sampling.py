@@ -15,6 +15,7 @@ from structures import water
 
 from orbcalc.active.sampling import WalkTask, bootstrap_walk, committee_walk, walk
 from orbcalc.config import MDConfig
+from orbcalc.labels.process import WorkerCrashed
 from orbcalc.model.checkpoint import save_model
 from orbcalc.model.committee import Calibration, Committee
 
@@ -63,17 +64,18 @@ def test_a_walk_follows_from_its_seed() -> None:
     assert start.calc is None
 
 
-def test_frames_are_bare_but_keep_charge_and_spin() -> None:
+def test_frames_keep_what_references_and_later_walks_need_and_no_labels() -> None:
     start = water()
     start.info.update(charge=1, spin=2, REF_energy=-5.0, name="x")
     start.arrays["REF_forces"] = np.zeros((3, 3))
+    start.set_initial_magnetic_moments([1.0, 0.0, 0.0])
     start.set_constraint(FixAtoms([0]))
     frames = walk(start, Springs(start), CONFIG, 0).frames
     for frame in frames:
         assert frame.info == {"charge": 1, "spin": 2}
-        assert set(frame.arrays) == {"numbers", "positions"}
+        assert set(frame.arrays) == {"numbers", "positions", "initial_magmoms"}
         assert frame.calc is None
-        assert not frame.constraints
+        assert [c.todict() for c in frame.constraints] == [FixAtoms([0]).todict()]
         np.testing.assert_allclose(frame.positions[0], start.positions[0])
 
 
@@ -134,6 +136,29 @@ def test_the_bootstrap_walk_runs_with_gfn1_in_a_torch_free_process() -> None:
     np.testing.assert_array_equal(positions(one.frames), positions(other.frames))
     distances = np.linalg.norm(positions(one.frames)[:, 1] - positions(one.frames)[:, 0], axis=1)
     assert ((distances > 0.8) & (distances < 1.2)).all()  # still water
+
+
+def test_an_uncertainty_that_is_no_number_ends_a_walk(
+    committee: Committee, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.orbcalc"
+    save_model(path, committee)
+    monkeypatch.setattr("orbcalc.active.sampling.expected_error", lambda *_: np.nan)
+    config = CONFIG.model_copy(update={"timestep_fs": 0.01})
+    found = committee_walk(WalkTask(water(), config, seed=0, model=path))
+    assert (len(found.frames), found.reason[:15]) == (1, "uncertainty nan")
+
+
+def test_a_bootstrap_walk_whose_process_dies_ends_without_frames(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Dying:
+        def call(self, *_: object, **__: object) -> None:
+            raise WorkerCrashed("the worker died")
+
+    monkeypatch.setattr("orbcalc.active.sampling.worker_process", Dying)
+    found = bootstrap_walk(WalkTask(water(), CONFIG, seed=7))
+    assert (found.frames, found.reason) == ([], "WorkerCrashed: the worker died")
 
 
 @pytest.mark.parametrize(

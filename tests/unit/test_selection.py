@@ -199,6 +199,7 @@ def test_methods_that_need_features_say_so(method) -> None:
     with pytest.raises(ConfigError, match=f"'{method}' needs features"):
         select_batch(method, [1.0], 1, rng=seeded())
     assert len(select_batch(method, [], 1, rng=seeded())) == 0
+    assert len(select_batch(method, [np.nan, np.inf, np.nan], 2, rng=seeded())) == 2  # unknown
 
 
 def slow_determinant(scores: np.ndarray, points: np.ndarray, size: int) -> list[int]:
