@@ -157,6 +157,12 @@ def _numbers(run: RunFacts) -> list[_Number]:
     if latest is not None and latest.audited is not None and latest.audited.mae is not None:
         detail = f"meV/atom, round {latest.number}, before training on it"
         found.insert(4, _Number(_milli(latest.audited.mae), "MAE of the last audit", detail))
+    certified = QUANTITIES[run.config.certificate.quantity]
+    looks = [e for e in run.events if e.get("event") == "look" and e.get("mean_error") is not None]
+    if looks and run.config.certificate.quantity != "energy_per_atom":
+        detail = f"m{certified.unit}, round {looks[-1]['round']}: mean {certified.name}"
+        error = _milli(looks[-1]["mean_error"])
+        found.insert(4, _Number(error, "error of what is certified, last look", detail))
     return found
 
 

@@ -127,6 +127,24 @@ def test_errors_are_those_of_predictions_made_before_labelling(run: RunFolder) -
     assert facts.rounds[0].audited is None
 
 
+@pytest.mark.parametrize("quantity", ["energy_per_atom", "energy", "forces"])
+def test_the_error_of_what_is_certified_is_shown(run: RunFolder, quantity: str) -> None:
+    """Not only that of energies per atom, which all plots show."""
+    facts = read_run(run.path)
+    certificate = facts.config.certificate.model_copy(update={"quantity": quantity})
+    event = {"event": "look", "round": 2, "mean_error": 0.4816, "unit": "?"}
+    facts = replace(
+        facts,
+        config=facts.config.model_copy(update={"certificate": certificate}),
+        events=(*facts.events, event),
+    )
+    text = " ".join(Page(render(facts, {})).text.split())
+    found = re.search("error of what is certified, last look 482 meV", text)
+    assert (found is not None) == (quantity != "energy_per_atom")
+    if quantity == "forces":
+        assert "meV/Å, round 2: mean largest error of the force on an atom" in text
+
+
 def test_zero_of_energies_removes_the_composition(run: RunFolder) -> None:
     # Water and ethanol differ by several eV per atom; what is left must be that of their geometry.
     compared = read_run(run.path).rounds[2].audited
