@@ -45,7 +45,6 @@ Results = dict[str, Any]
 #: Atoms in one batch of `predict`: few enough for caches.
 BATCH_ATOMS = 512
 
-
 #: What `predict` can be asked for.
 PREDICTED = {
     *("energy", "forces", "stress", "charges", "orbital_charges", "features"),
@@ -54,7 +53,6 @@ PREDICTED = {
 
 #: What a property is read off, where the model computes it under another name.
 _NEEDED = {"orbital_charges": "charges"}
-
 #: The same for several members, whose spread counts as well.
 _NEEDED_OF_SEVERAL = {**_NEEDED, "forces_uncertainty": "forces", "forces_interval_95": "forces"}
 
