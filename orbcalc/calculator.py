@@ -139,6 +139,7 @@ class OrbcalcCalculator(Calculator):
         self._baseline = baseline_worker(self.model, self.metadata)
         self._below: Values = {}
         self._electrons = electrons_seen(self.metadata)
+        self._has_charges = learned_charges(self.model, self.metadata)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what has changed since the last calculation, charge and spin included."""
@@ -212,7 +213,7 @@ class OrbcalcCalculator(Calculator):
     def _refuse_impossible(self, graph: AtomGraph, properties: Sequence[str]) -> None:
         if "stress" in properties and not bool(graph.is_periodic.all()):
             raise PropertyNotImplementedError("stress needs a periodic structure with a volume")
-        _refuse_unlearned(self.model, self.metadata, properties)
+        _refuse_unlearned(self.model, self._has_charges, properties)
 
 
 @torch.inference_mode(False)
@@ -269,7 +270,7 @@ def predict(
             f"there is no property {unknown[0]!r}; known are {', '.join(sorted(PREDICTED))}"
         )
     committee, metadata = open_model(model, device=device, dtype=dtype)
-    _refuse_unlearned(committee, metadata, properties)
+    _refuse_unlearned(committee, learned_charges(committee, metadata), properties)
     atoms_list = [as_atoms(structure) for structure in structures]
     results: list[Results] = [{} for _ in atoms_list]
     wanted = _wanted(committee, properties)
@@ -346,10 +347,7 @@ def _wanted(model: Committee, properties: Sequence[str]) -> set[str]:
     return {needed.get(name, name) for name in properties}
 
 
-def _refuse_unlearned(
-    model: Committee, metadata: Mapping[str, Any], properties: Sequence[str]
-) -> None:
-    has_charges = model.first.charge_head is not None and learned_charges(metadata)
+def _refuse_unlearned(model: Committee, has_charges: bool, properties: Sequence[str]) -> None:
     if not has_charges and not {"charges", "orbital_charges"}.isdisjoint(properties):
         raise PropertyNotImplementedError(
             "this model was trained without charges; train it with `tasks: {charges: 1}`"

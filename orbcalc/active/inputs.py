@@ -14,7 +14,7 @@ from orbcalc.labels.reference import check_file_labels, refuse_unlike_copies, wa
 from orbcalc.labels.store import read_sources
 from orbcalc.structures import has_volume
 
-__all__ = ["Inputs", "read_inputs"]
+__all__ = ["Inputs", "check_inputs", "read_inputs"]
 
 
 class Inputs(NamedTuple):
@@ -44,11 +44,17 @@ def read_inputs(config: RunConfig, folder: RunFolder) -> Inputs:
     seen = fingerprints(source.files)  # before they are read: whatever changes later has changed
     pool = read_sources(source.structures)
     starts = pool if source.md is None or not source.start else read_sources(source.start)
-    check_file_labels(pool, config.labels)
-    if config.labels.reference.calculator == "file":
-        refuse_unlike_copies(pool, config.labels)
-    warn_of_electrons([*pool, *starts], config.labels.reference)
-    if config.tasks.stress and not any(has_volume(atoms) for atoms in (*pool, *starts)):
-        raise ConfigError("tasks.stress has weight, but no structure of the pool has a volume")
+    check_inputs(config, Inputs(pool, starts))
     write_json(folder.inputs, seen)
     return Inputs(pool, starts)
+
+
+def check_inputs(config: RunConfig, inputs: Inputs) -> None:
+    """Refuse structures that a run cannot go on with; see `read_inputs`."""
+    both = [*inputs.pool, *inputs.starts]
+    if config.labels.reference.calculator == "file":
+        check_file_labels(inputs.pool, config.labels)
+        refuse_unlike_copies(inputs.pool, config.labels)
+    warn_of_electrons(both, config.labels.reference)
+    if config.tasks.stress and not any(has_volume(atoms) for atoms in both):
+        raise ConfigError("tasks.stress has weight, but no structure of the pool has a volume")

@@ -137,18 +137,18 @@ def committee_walk(task: WalkTask) -> Walk:
 
     assert task.model is not None
     calculator = OrbcalcCalculator(task.model, device=task.device)
-    limits = {
-        "energy_per_atom": task.config.max_uncertainty,
-        "forces": task.config.max_force_uncertainty,
-    }
+    limits = (
+        ("energy_per_atom", "energy_uncertainty", task.config.max_uncertainty),
+        ("forces", "forces_uncertainty", task.config.max_force_uncertainty),
+    )
 
     def stop(atoms: Atoms) -> str | None:
-        for name, limit in limits.items():
-            if limit is None or f"{name.split('_')[0]}_uncertainty" not in calculator.results:
+        for quantity, source, limit in limits:
+            if limit is None or source not in calculator.results:
                 continue
-            found = expected_error(name, calculator.results, len(atoms))
+            found = expected_error(quantity, calculator.results, len(atoms))
             if not found <= limit:  # NaN is not
-                unit = QUANTITIES[name].unit
+                unit = QUANTITIES[quantity].unit
                 return f"uncertainty {found:.3f} {unit} above {limit} {unit}"
         return None
 

@@ -25,8 +25,8 @@ def check(config_file: ConfigFile) -> None:
 
 
 def _check_run(config: RunConfig) -> None:
+    from orbcalc.active.inputs import Inputs, check_inputs
     from orbcalc.labels.process import WorkerProcess, label_structure
-    from orbcalc.labels.reference import check_file_labels, refuse_unlike_copies
     from orbcalc.labels.store import read_sources
     from orbcalc.structures import structure_key
 
@@ -38,9 +38,7 @@ def _check_run(config: RunConfig) -> None:
         md = source.md
         sampled = 0 if md is None else md.rounds * md.walkers * (md.steps // md.every)
         output.print(_first_look(config, len(structures) + sampled))
-    if config.labels.reference.calculator == "file":
-        check_file_labels(structures, config.labels)
-        refuse_unlike_copies(read, config.labels)
+    check_inputs(config, Inputs(read, starts))
     probe = max(structures or starts, key=len)
     with WorkerProcess() as process:
         for item in label_structure(process, probe, config.labels):

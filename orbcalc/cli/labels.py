@@ -50,6 +50,7 @@ def label(
     from orbcalc.active.labelling import label_into_store
     from orbcalc.config import DaskConfig, LabelConfig, parse_config
     from orbcalc.labels.label import Kind
+    from orbcalc.labels.reference import warn_of_electrons
     from orbcalc.labels.store import LabelStore, read_sources
     from orbcalc.structures import structure_key
 
@@ -73,6 +74,7 @@ def label(
     wanted: dict[Kind, bool] = {"charges": charges, "reference": reference != "none"}
     kinds = tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
     atoms_list = read_sources(structures)
+    warn_of_electrons(atoms_list, config.reference)
     labels = LabelStore(store or out.with_suffix(".db"))
     with (
         open_executor(DaskConfig(address=dask, model_workers=1)) as executor,

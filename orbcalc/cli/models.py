@@ -67,8 +67,8 @@ def evaluate(
             worker.label(labelled)
     dataset = LabelDataset(labelled, committee.cutoff, committee.first.config.baseline)
     census = dataset.census()
-    has_charges = committee.first.charge_head is not None and learned_charges(metadata)
-    learned = ("forces", "stress", *(["charges"] if has_charges else []))
+    charges = ("charges",) if learned_charges(committee, metadata) else ()
+    learned = ("forces", "stress", *charges)
     names = ["energy"] + [name for name in learned if census[name]]
     errors = model_errors(committee, dataset, names, shares=True)
     if not errors:

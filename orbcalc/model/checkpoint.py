@@ -117,9 +117,10 @@ def electrons_seen(metadata: Mapping[str, Any]) -> set[tuple[int, int]]:
     return set(_Metadata.model_validate(metadata).training_set.electrons)
 
 
-def learned_charges(metadata: Mapping[str, Any]) -> bool:
-    """Tell whether the training gave charges a weight; true if a file does not say it."""
-    return _Metadata.model_validate(metadata).config.tasks.charges > 0
+def learned_charges(committee: Committee, metadata: Mapping[str, Any]) -> bool:
+    """Tell whether a model has charges that its training, as far as a file says it, gave weight."""
+    has_weight = _Metadata.model_validate(metadata).config.tasks.charges > 0
+    return committee.first.charge_head is not None and has_weight
 
 
 def potential_content(potential: Potential) -> dict[str, Any]:

@@ -22,7 +22,7 @@ the errors held out are smaller than the uncertainty, one for 95 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -167,11 +167,8 @@ def _measure_rigidity(
     n_elements = len(potential.elements)
     (of_atoms,) = _whitenings(products[1], n_elements, (_ATOM_REGULARISER,))
     rows: list[tuple[Tensor, Tensor]] = []
-    for graph, targets in on_device(valid, batch_size, potential):
-        with torch.no_grad():
-            prediction = potential(graph, ("energy", "last_layer"))
-        assert prediction.last_layer is not None
-        last, n_atoms = prediction.last_layer.double(), graph.n_atoms_of_structure.double()
+    for graph, targets, prediction, last in _last_layers(potential, valid, batch_size):
+        n_atoms = graph.n_atoms_of_structure.double()
         novelty = graph.sum_over_atoms((last @ of_atoms).square().sum(1)) / n_atoms
         scaled = graph.sum_over_atoms(last) * (novelty**0.25 / n_atoms.sqrt())[:, None]
         errors = _energy_errors(potential, prediction, targets, graph) / n_atoms.sqrt()
@@ -199,12 +196,8 @@ def _mean_products(
     device = potential.element_index.device
     products = torch.zeros(2, n_last, n_last, dtype=torch.float64, device=device)
     counts = products.new_zeros(2)
-    for graph, targets in on_device(train, batch_size, potential):
+    for graph, targets, _, last in _last_layers(potential, train, batch_size):
         labelled = torch.isfinite(targets.energy)
-        with torch.no_grad():
-            prediction = potential(graph, ("energy", "last_layer"))
-        assert prediction.last_layer is not None
-        last = prediction.last_layer.double()
         means = graph.sum_over_atoms(last) / graph.n_atoms_of_structure[:, None]
         forces_known = torch.isfinite(targets.forces).all(1)
         own = last[labelled[graph.structure_index] | forces_known]
@@ -212,6 +205,17 @@ def _mean_products(
             products[index] += rows.T @ rows
             counts[index] += len(rows)
     return products / counts.clamp_min(1.0)[:, None, None], int(counts[0])
+
+
+def _last_layers(
+    potential: Potential, dataset: LabelDataset, batch_size: int
+) -> Iterator[tuple[AtomGraph, Targets, Prediction, Float[Tensor, "n_atoms n_last"]]]:
+    """Go through a data set with the energies and last layers that a potential finds."""
+    for graph, targets in on_device(dataset, batch_size, potential):
+        with torch.no_grad():
+            prediction = potential(graph, ("energy", "last_layer"))
+        assert prediction.last_layer is not None
+        yield graph, targets, prediction, prediction.last_layer.double()
 
 
 def _whitenings(

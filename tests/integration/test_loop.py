@@ -631,6 +631,14 @@ def test_an_element_that_no_model_knows_yet_is_the_hardest_and_a_miss(
     assert (before.first.elements, after.first.elements) == ((1, 8), (1, 7, 8))
 
 
+def second_round(config: RunConfig, pool: Path, executor: Executor) -> Round:
+    """Begin the round after the first in a folder that holds nothing but the pool."""
+    folder = RunFolder(config.output)
+    folder.prepare(config)
+    write_structures(folder.round(0).pool, read_structures(pool))
+    return Round(1, config, folder, LabelStore(folder.labels), executor, lambda record: None)
+
+
 def no_numbers_for_two(
     executor: Executor, model: Path, structures: Any, device: str, *, quantity: str
 ) -> list[dict[str, Any]]:
@@ -646,12 +654,9 @@ def test_nan_predictions_are_the_hardest_and_never_hits(
     config = run_config(
         pool, tmp_path / "run", selection={"audit": 28, "batch": 2}, certificate=FORGIVING
     )
-    folder = RunFolder(config.output)
-    folder.prepare(config)
-    write_structures(folder.round(0).pool, read_structures(pool))
     monkeypatch.setattr("orbcalc.active.round.predict_pool", no_numbers_for_two)
-    second = Round(1, config, folder, LabelStore(folder.labels), executor, lambda record: None)
-    structures = folder.pool(1)
+    second = second_round(config, pool, executor)
+    folder, structures = second.folder, second.folder.pool(1)
     selection = second.select(structures)
     unpredicted = list(structures)[:2]
     assert not set(unpredicted) & set(selection["predictions"])
@@ -683,12 +688,9 @@ def test_the_batch_follows_the_score_of_what_is_certified(
 
     selection = {"audit": 2, "batch": 3, "diversity": 1.0}
     config = run_config(pool, tmp_path / "run", selection=selection, certificate=FORGIVING)
-    folder = RunFolder(config.output)
-    folder.prepare(config)
-    write_structures(folder.round(0).pool, read_structures(pool))
     monkeypatch.setattr("orbcalc.active.round.predict_pool", opposed)
-    second = Round(1, config, folder, LabelStore(folder.labels), executor, lambda record: None)
-    structures = folder.pool(1)
+    second = second_round(config, pool, executor)
+    structures = second.folder.pool(1)
     chosen = second.select(structures)
     second.select_batch(chosen, structures)
     assert chosen["batch"] == list(reversed(structures))[:3]
