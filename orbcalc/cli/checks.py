@@ -69,6 +69,9 @@ def _first_look(config: RunConfig, n_pool: int) -> str:
 
     needed = bisect_left(range(n_pool - n_known), True, key=proves)
     advice = "" if needed <= sizes.audit else ": raise it to certify at the first look"
+    most = config.stop.max_labels
+    if most is not None and n_known + needed > most:
+        advice += f"; stop.max_labels, {most}, ends the run before that"
     return (
         f"certificate: with {n_known} of {n_pool} structures labelled, {needed} in an audit "
         f"without a miss prove that {100 * options.accuracy:g} % are right; selection.audit is "

@@ -107,6 +107,12 @@ class SelectionConfig(StrictModel):
         default=0.1, gt=0, lt=0.5, description="share of the labelled structures held out"
     )
 
+    @model_validator(mode="after")
+    def _scores_to_divide(self) -> SelectionConfig:
+        if self.cost_aware and self.method in ("diversity", "random"):
+            raise ValueError(f"cost_aware divides scores by costs, and {self.method} has no scores")
+        return self
+
 
 class CertificateConfig(StrictModel):
     """What is certified of the whole pool, and how surely."""

@@ -21,7 +21,19 @@ from ase.db.row import AtomsRow
 
 from orbcalc.errors import LabelError, OrbcalcError
 
-__all__ = ["key_value_pairs", "new_row", "plain_info", "reading", "transaction"]
+__all__ = [
+    "key_value_pairs",
+    "new_row",
+    "plain_arrays",
+    "plain_info",
+    "reading",
+    "transaction",
+]
+
+#: Arrays of a structure that ``ase.db`` keeps by itself.
+_COLUMNS = frozenset(
+    {"numbers", "positions", "tags", "momenta", "masses", "initial_magmoms", "initial_charges"}
+)
 
 
 @contextlib.contextmanager
@@ -107,6 +119,15 @@ def plain_info(atoms: Atoms, leave_out: set[str]) -> dict[str, Any]:
             if array.dtype.kind in "bif":
                 info[key] = array
     return info
+
+
+def plain_arrays(atoms: Atoms, leave_out: set[str]) -> dict[str, np.ndarray]:
+    """Return the entries of ``atoms.arrays`` that are numbers, and that a row lacks."""
+    return {
+        key: array
+        for key, array in atoms.arrays.items()
+        if array.dtype.kind in "bif" and key not in _COLUMNS | leave_out
+    }
 
 
 def _connect(path: Path) -> Any:

@@ -20,7 +20,14 @@ import numpy as np
 from ase import Atoms
 
 from orbcalc.errors import LabelConflictError, LabelError, MissingLabelError
-from orbcalc.labels.database import key_value_pairs, new_row, plain_info, reading, transaction
+from orbcalc.labels.database import (
+    key_value_pairs,
+    new_row,
+    plain_arrays,
+    plain_info,
+    reading,
+    transaction,
+)
 from orbcalc.labels.label import KINDS, Kind, Label, LabelStatus, Provenance, Values
 from orbcalc.orbitals import shells_from_table
 from orbcalc.properties import (
@@ -138,7 +145,7 @@ class LabelStore:
 
         Adding again changes nothing. An ok label is kept until one comes that has values which it
         lacks; its others stay. A failure is kept until another label of that kind comes. Of
-        ``atoms``, the structure and the plain entries of ``info`` are kept.
+        ``atoms``, the structure and the plain entries of ``info`` and ``arrays`` are kept.
 
         Raises
         ------
@@ -199,7 +206,10 @@ class LabelStore:
         if known is None:
             row = new_row(atoms, key)
             pairs: dict[str, Any] = {STRUCTURE_KEY: key}
-            data: dict[str, Any] = {"info": plain_info(atoms, LABEL_KEYS)}
+            data: dict[str, Any] = {
+                "info": plain_info(atoms, LABEL_KEYS),
+                "arrays": plain_arrays(atoms, LABEL_KEYS),
+            }
             states: dict[Kind, _State] = {}
         else:
             row = database.get(id=known.id)
@@ -325,6 +335,8 @@ class LabelStore:
         atoms: Atoms = row.toatoms()
         atoms.calc = None
         atoms.info = {**row.data["info"], STRUCTURE_KEY: row[STRUCTURE_KEY]}
+        for key, array in row.data.get("arrays", {}).items():  # absent from older stores
+            atoms.set_array(key, np.array(array))
         for kind, state in self._rows[row[STRUCTURE_KEY]].states.items():
             for name, value in _read_values(row, kind, state).items():
                 per_atom, key = FILE_KEYS[kind, name]

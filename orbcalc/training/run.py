@@ -311,7 +311,30 @@ def _read_sets(config: TrainConfig) -> LabelledSets:
         return LabelledSets(*split(structures, config.valid, config.seed), files)
     valid = load_labelled(config.valid)
     _methods(structures + valid)
-    return LabelledSets(structures, valid, files)
+    return LabelledSets(_without(structures, valid), valid, files)
+
+
+def _without(structures: list[Atoms], valid: list[Atoms]) -> list[Atoms]:
+    """Leave out what is validated on: errors of structures that are trained on tell nothing.
+
+    Raises
+    ------
+    ConfigError
+        If nothing is left.
+    """
+    held_out = {structure_key(atoms) for atoms in valid}
+    left = [atoms for atoms in structures if structure_key(atoms) not in held_out]
+    if not left:
+        raise ConfigError(
+            "every structure of `train` is in `valid` too: nothing is left to train on. Give other "
+            "structures, or a fraction to hold out, as `valid: 0.1`."
+        )
+    if len(left) < len(structures):
+        logger.warning(
+            "%d structures of `train` are in `valid` too: they are not trained on",
+            len(structures) - len(left),
+        )
+    return left
 
 
 def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:

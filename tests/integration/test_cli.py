@@ -112,11 +112,13 @@ def test_a_pool_file_that_is_missing_is_named(cli: Cli, here: Path) -> None:
 def test_check_finds_no_fault_and_times_one_label(cli: Cli, here: Path, pool: Path) -> None:
     structures = ase.io.read(pool, ":")
     copies = write_pool(here / "copies.extxyz", [*structures, structures[0]])
-    found = cli("check", write_yaml(Path("run.yaml"), run_data(copies, here / "run")))
+    data = run_data(copies, here / "run", stop={"max_labels": 20})
+    found = cli("check", write_yaml(Path("run.yaml"), data))
     assert found.code == 0, found.err
     assert "pool: 30 structures from files, 0 to start MD from" in found.out  # 31 with a copy
     assert "with 10 of 30 structures labelled, 11 in an audit without a miss prove" in found.out
     assert "that 90 % are right; selection.audit is 4: raise it to certify" in found.out
+    assert "stop.max_labels, 20, ends the run before that" in found.out
     assert re.search(r"charges label of H2O: ok in \d+\.\d\d s by GFN1-xTB \(tblite", found.out)
     assert re.search(r"reference label of H2O: ok in \d+\.\d\d s by GFN2-xTB \(tblite", found.out)
     assert not (here / "run").exists()

@@ -36,7 +36,14 @@ from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_BLOCKS, X
 from orbcalc.structures import structure_key
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.initial import initial_potential
-from orbcalc.training.run import load_labelled, model_errors, split, train, train_member
+from orbcalc.training.run import (
+    load_labelled,
+    model_errors,
+    prepared,
+    split,
+    train,
+    train_member,
+)
 from orbcalc.training.state import TrainState
 from orbcalc.training.statistics import fit_statistics
 from orbcalc.training.trainer import Trainer, resolve_device
@@ -321,6 +328,24 @@ def test_a_validation_set_without_labels_is_refused(
     valid = write_pool(tmp_path / "valid.extxyz", bare)
     with pytest.raises(MissingLabelError, match="no label of any task with weight"):
         train(train_config(labelled_file, tmp_path / "a.orbcalc", valid=str(valid)))
+
+
+def test_what_is_validated_on_is_not_trained_on(
+    labelled_waters: list[Atoms],
+    labelled_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    valid = write_pool(tmp_path / "valid.extxyz", labelled_waters[20:])
+    _, sets, train_set, _ = prepared(
+        train_config(labelled_file, tmp_path / "a.orbcalc", valid=str(valid))
+    )
+    assert len(sets.train) == len(train_set) == 20
+    assert len(sets.valid) == len(labelled_waters) - 20
+    assert "10 structures of `train` are in `valid` too" in caplog.text
+    with pytest.raises(ConfigError, match="nothing is left to train on"):
+        train(train_config(labelled_file, tmp_path / "a.orbcalc", valid=str(labelled_file)))
 
 
 def test_different_methods_are_not_mixed(labelled_waters: list[Atoms], tmp_path: Path) -> None:

@@ -265,6 +265,15 @@ def test_certificates_that_cannot_be_are_refused(certificate, message: str) -> N
         parse_config(data, RunConfig)
 
 
+@pytest.mark.parametrize("method", ["diversity", "random"])
+def test_costs_divide_no_scores_that_are_not_there(method: str) -> None:
+    data = {"pool": {"structures": "pool.xyz"}, "selection": {"method": method}}
+    parse_config(data, RunConfig)
+    data["selection"]["cost_aware"] = True
+    with pytest.raises(ConfigError, match=f"{method} has no scores"):
+        parse_config(data, RunConfig)
+
+
 def test_a_certificate_of_forces_needs_labels_of_forces() -> None:
     data = {
         "pool": {"structures": "pool.xyz"},

@@ -71,6 +71,8 @@ def test_what_goes_in_comes_out(path):
     atoms = structures.ferrocene()
     atoms.info.update(name="ferrocene", charge=0, weights=np.arange(3), number=np.int64(4))
     atoms.set_constraint(FixAtoms([0]))
+    sites = np.arange(2.0 * len(atoms)).reshape(-1, 2)
+    atoms.set_array("sites", sites)
     charges = OrbitalChargeLabeler().label(atoms)
     energy = reference(atoms, forces=True)
     energy.values["forces"] += 0.5
@@ -86,6 +88,7 @@ def test_what_goes_in_comes_out(path):
     assert found.info["name"] == "ferrocene"
     assert found.info["number"] == 4
     np.testing.assert_array_equal(found.info["weights"], np.arange(3))
+    np.testing.assert_array_equal(found.arrays["sites"], sites)
     assert found.info["structure_key"] == key
     assert found.info[REF_ENERGY] == -1.0
     assert found.info[XTB_ENERGY] == charges.values["energy"]
