@@ -19,31 +19,34 @@ __all__ = ["Comparison", "ForceComparison", "LookFacts", "RoundFacts", "RunFacts
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predictions made before labelling, beside the labels; NaN where either is missing."""
+    """Predictions made before labelling, beside the labels; NaN where either is missing.
+
+    All in :attr:`RunFacts.energy_unit`.
+    """
 
     predicted: Float[np.ndarray, " n"]
-    """Energy minus the per-element fit, eV/atom."""
+    """Energy minus the per-element fit."""
     reference: Float[np.ndarray, " n"]
     uncertainty: Float[np.ndarray, " n"]
-    """One predicted standard deviation, eV/atom."""
+    """One predicted standard deviation."""
 
     @property
     def error(self) -> Float[np.ndarray, " n"]:
-        """Prediction minus reference, eV/atom."""
+        """Prediction minus reference."""
         return np.asarray(self.predicted - self.reference)
 
     @property
     def absolute(self) -> Float[np.ndarray, " m"]:
-        """Absolute errors that are known, eV/atom."""
+        """Absolute errors that are known."""
         return np.asarray(np.abs(self.error[np.isfinite(self.error)]))
 
     @property
     def mae(self) -> float | None:
-        """Mean absolute error, eV/atom; None if nothing can be compared."""
+        """Mean absolute error; None if nothing can be compared."""
         return float(self.absolute.mean()) if len(self.absolute) else None
 
     def share_within(self, tolerance: float) -> float | None:
-        """Return the share with an error of at most a tolerance (eV/atom); unknown is outside."""
+        """Return the share with an error of at most a tolerance; unknown is outside."""
         if not len(self.error):
             return None
         return float((np.abs(self.error) <= tolerance).mean())
@@ -114,10 +117,15 @@ class RunFacts:
         return self.rounds[-1].n_pool if self.rounds else 0
 
     @property
+    def energy_unit(self) -> str:
+        """Unit of the energies that are compared: that of the certificate if it is about them."""
+        return "eV" if self.config.certificate.quantity == "energy" else "eV/atom"
+
+    @property
     def energy_tolerance(self) -> float | None:
-        """Tolerance in eV/atom; None if the certificate is about something else."""
+        """Tolerance of these energies; None if the certificate is about something else."""
         options = self.config.certificate
-        return options.tolerance if options.quantity == "energy_per_atom" else None
+        return None if options.quantity == "forces" else options.tolerance
 
     @property
     def latest_audit(self) -> RoundFacts | None:

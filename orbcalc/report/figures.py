@@ -74,12 +74,12 @@ def parity(run: RunFacts) -> Figure | None:
         known = np.isfinite(audit.audited.error)
         x, y = audit.audited.reference[known] * MILLI, audit.audited.predicted[known] * MILLI
         band = (run.energy_tolerance or 0.0) * MILLI
-        _parity(left, x, y, "meV/atom", size=16.0, alpha=0.75, band=band)
+        _parity(left, x, y, f"m{run.energy_unit}", size=16.0, alpha=0.75, band=band)
     else:
         leave_empty(left, "no audit yet")
     set_title(left, "Energy")
-    left.set_xlabel("reference energy (meV/atom)", **text_style())
-    left.set_ylabel("predicted energy (meV/atom)", **text_style())
+    left.set_xlabel(f"reference energy (m{run.energy_unit})", **text_style())
+    left.set_ylabel(f"predicted energy (m{run.energy_unit})", **text_style())
     _force_parity(right, forces)
     return figure
 
@@ -158,7 +158,7 @@ def _learning_curve(axes: Axes, run: RunFacts) -> None:
     ]
     set_title(axes, "Error on each audit, before training on it")
     axes.set_xlabel("reference labels known to the model", **text_style())
-    axes.set_ylabel("energy MAE (meV/atom)", **text_style())
+    axes.set_ylabel(f"energy MAE (m{run.energy_unit})", **text_style())
     if not found:
         leave_empty(axes, "no audit yet")
         return
@@ -166,7 +166,7 @@ def _learning_curve(axes: Axes, run: RunFacts) -> None:
     everything = []
     if run.energy_tolerance is not None:
         everything.append(tolerance := run.energy_tolerance * MILLI)
-        name = f"tolerance {tolerance:g} meV/atom"
+        name = f"tolerance {tolerance:g} m{run.energy_unit}"
         axes.axhline(tolerance, color=GREEN, ls="--", lw=1.3, label=name)
     spread = np.minimum(spread, 0.9 * errors)  # a bar that reaches 0 has no end on a log axis
     axes.errorbar(
@@ -278,8 +278,8 @@ def _scatter_of_errors(axes: Axes, run: RunFacts, rounds: Sequence[RoundFacts]) 
     set_log(axes, "x", x)
     set_log(axes, "y", y)
     set_title(axes, "Energy error and its prediction")
-    axes.set_xlabel("predicted standard deviation σ (meV/atom)", **text_style())
-    axes.set_ylabel("actual error (meV/atom)", **text_style())
+    axes.set_xlabel(f"predicted standard deviation σ (m{run.energy_unit})", **text_style())
+    axes.set_ylabel(f"actual error (m{run.energy_unit})", **text_style())
     set_legend(axes, "upper center", ncols=3, below=True)
 
 
@@ -371,7 +371,7 @@ def _standard_error(errors: Float[np.ndarray, " n"]) -> float:
 
 
 def _pairs(facts: RoundFacts) -> Float[np.ndarray, "2 n"]:
-    """Return predicted uncertainties and absolute errors that are both known, eV/atom."""
+    """Return predicted uncertainties and absolute errors that are both known."""
     if facts.audited is None:
         return np.zeros((2, 0))
     pairs = np.stack([facts.audited.uncertainty, np.abs(facts.audited.error)])

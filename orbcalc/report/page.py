@@ -94,6 +94,7 @@ def render(run: RunFacts, images: Mapping[str, str]) -> str:
         captions=_captions(run),
         rounds=[_row(facts, run) for facts in run.rounds],
         tolerance=_tolerance(run),
+        energy_unit=run.energy_unit,
         proof=_proof(run),
         provenance=_provenance(run),
         packages=_packages(),
@@ -155,11 +156,11 @@ def _numbers(run: RunFacts) -> list[_Number]:
     ]
     latest = run.latest_audit
     if latest is not None and latest.audited is not None and latest.audited.mae is not None:
-        detail = f"meV/atom, round {latest.number}, before training on it"
+        detail = f"m{run.energy_unit}, round {latest.number}, before training on it"
         found.insert(4, _Number(_milli(latest.audited.mae), "MAE of the last audit", detail))
     certified = QUANTITIES[run.config.certificate.quantity]
     looks = [e for e in run.events if e.get("event") == "look" and e.get("mean_error") is not None]
-    if looks and run.config.certificate.quantity != "energy_per_atom":
+    if looks and run.energy_tolerance is None:  # the number before is of energies
         detail = f"m{certified.unit}, round {looks[-1]['round']}: mean {certified.name}"
         error = _milli(looks[-1]["mean_error"])
         found.insert(4, _Number(error, "error of what is certified, last look", detail))
@@ -193,11 +194,12 @@ def _learning_caption(run: RunFacts) -> str:
     assert first.audited is not None
     assert last.audited is not None
     text = (
-        f"MAE on the latest audit: {_milli(last.audited.mae)} meV/atom, with {last.n_known:,} "
-        f"labels known to the model."
+        f"MAE on the latest audit: {_milli(last.audited.mae)} m{run.energy_unit}, with "
+        f"{last.n_known:,} labels known to the model."
     )
     if len(audits) > 1:
-        text += f" On the first: {_milli(first.audited.mae)} meV/atom, with {first.n_known:,}."
+        error = f"{_milli(first.audited.mae)} m{run.energy_unit}"
+        text += f" On the first: {error}, with {first.n_known:,}."
     if first.n_pool != last.n_pool:
         text += f" The pool grew from {first.n_pool:,} to {last.n_pool:,} structures in between."
     return text

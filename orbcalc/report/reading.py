@@ -52,7 +52,7 @@ def read_run(path: str | Path) -> RunFacts:
     certificate = _certificate(folder)
     events = tuple(read_jsonl(folder.events))
     looks = tuple(vars(look) for look in certificate.looks) if certificate else ()
-    rounds = _rounds(folder, _Sources(config, _Labels(store), looks, events))
+    rounds = _rounds(folder, _Sources(config, _Labels(store, config), looks, events))
     forces, problem = _forces(folder, rounds, store)
     return RunFacts(
         folder=folder,
@@ -122,8 +122,9 @@ def _round(
 class _Labels:
     """Reference labels by key, read from the store in one go."""
 
-    def __init__(self, store: LabelStore | None) -> None:
+    def __init__(self, store: LabelStore | None, config: RunConfig) -> None:
         self._store = store
+        self._totals = config.certificate.quantity == "energy"
         known = store.keys("reference", LabelStatus.ok) if store else []
         atoms_list = store.labelled_atoms(known) if store else []
         self._atoms: dict[str, Atoms] = {a.info[STRUCTURE_KEY]: a for a in atoms_list}
@@ -148,8 +149,10 @@ class _Labels:
         if atoms is None or prediction is None:
             return np.nan, np.nan, np.nan
         zero = self._zero(atoms)
-        energies = (prediction["energy"] - zero, float(atoms.info[REF_ENERGY]) - zero)
-        return energies[0] / len(atoms), energies[1] / len(atoms), prediction["uncertainty"]
+        size = 1 if self._totals else len(atoms)
+        uncertainty = prediction["uncertainty"] * len(atoms)  # recorded for an atom
+        energies = prediction["energy"], float(atoms.info[REF_ENERGY])
+        return (energies[0] - zero) / size, (energies[1] - zero) / size, uncertainty / size
 
 
 class _ElementFit:

@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 import pytest
 import structures
+import yaml
 from small_runs import HereExecutor
 
 import orbcalc
@@ -127,9 +128,29 @@ def test_errors_are_those_of_predictions_made_before_labelling(run: RunFolder) -
     assert facts.rounds[0].audited is None
 
 
+def test_energies_are_compared_in_the_unit_of_the_certificate(run: RunFolder) -> None:
+    per_atom = read_run(run.path)
+    config = yaml.safe_load(run.config_file.read_text())
+    config["certificate"]["quantity"] = "energy"
+    run.config_file.write_text(yaml.safe_dump(config))
+    facts = read_run(run.path)
+    assert (per_atom.energy_unit, facts.energy_unit) == ("eV/atom", "eV")
+    assert facts.energy_tolerance == per_atom.energy_tolerance
+    (before, after) = (found.rounds[2].audited for found in (per_atom, facts))
+    assert before is not None
+    assert after is not None
+    pool = run.pool(3)
+    sizes = [len(pool[key]) for key in facts.rounds[2].audit]
+    for name in ("error", "uncertainty", "predicted"):
+        np.testing.assert_allclose(getattr(after, name), sizes * getattr(before, name))
+    text = words(run)
+    assert re.search(r"MAE of the last audit [\d.]+ meV, round 2, before", text)
+    assert "meV/atom" in text  # validation errors are of energies per atom
+
+
 @pytest.mark.parametrize("quantity", ["energy_per_atom", "energy", "forces"])
 def test_the_error_of_what_is_certified_is_shown(run: RunFolder, quantity: str) -> None:
-    """Not only that of energies per atom, which all plots show."""
+    """Beside that of energies if these are not certified."""
     facts = read_run(run.path)
     certificate = facts.config.certificate.model_copy(update={"quantity": quantity})
     event = {"event": "look", "round": 2, "mean_error": 0.4816, "unit": "?"}
@@ -140,7 +161,7 @@ def test_the_error_of_what_is_certified_is_shown(run: RunFolder, quantity: str) 
     )
     text = " ".join(Page(render(facts, {})).text.split())
     found = re.search("error of what is certified, last look 482 meV", text)
-    assert (found is not None) == (quantity != "energy_per_atom")
+    assert (found is not None) == (quantity == "forces")
     if quantity == "forces":
         assert "meV/Å, round 2: mean largest error of the force on an atom" in text
 
