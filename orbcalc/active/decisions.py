@@ -177,8 +177,14 @@ def is_decided(look: Look, selection: SelectionConfig, options: CertificateConfi
     return lost + rest * sum(look.losses) / size > most
 
 
-def reason_to_end(look: Look, stop: StopConfig) -> str | None:
-    """Say why a run ends with a look; None if it goes on."""
+def reason_to_end(
+    look: Look, stop: StopConfig, options: CertificateConfig, *, grows: bool = False
+) -> str | None:
+    """Say why a run ends with a look; None if it goes on.
+
+    Structures whose labels failed stay wrong: where they are more than may be, nothing can be
+    certified any more, unless the pool `grows`.
+    """
     # As of this look: a run that goes on after a kill may have labelled more already.
     labelled = look.n_labelled + look.n_failed + look.n_audit
     if look.certified:
@@ -189,4 +195,7 @@ def reason_to_end(look: Look, stop: StopConfig) -> str | None:
         return "max_labels"
     if look.n_inference == look.n_audit:
         return "pool exhausted"
+    lost = look.n_failed + look.n_audit_failed
+    if not grows and lost > (1 - options.accuracy) * look.n_pool + 1e-6:
+        return "too many failed labels"
     return None

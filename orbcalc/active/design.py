@@ -299,7 +299,7 @@ class InferenceSetDesign:
             return None
         self._sample = None
         self.looks.append(look)
-        self._reason = reason_to_end(look, self.stop)
+        self._reason = reason_to_end(look, self.stop, self.rules)
         return look
 
 

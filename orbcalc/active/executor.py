@@ -203,7 +203,10 @@ class Executor:
         )
 
     def _workers(self) -> list[dict[str, Any]]:
-        return list(self.client.scheduler_info(n_workers=-1)["workers"].values())
+        found = self.client.scheduler_info(n_workers=-1)
+        if "workers" not in found:
+            raise _disconnected()
+        return list(found["workers"].values())
 
 
 @contextmanager
@@ -339,7 +342,16 @@ def _attempt(function: Callable[[Item], Any], item: Item) -> Any:
 
 
 def _outcome(future: Future[Any]) -> Any:
+    if future.cancelled():  # by nobody here: the client does so when it loses its scheduler
+        raise _disconnected()
     try:
         return future.result()
     except Exception as error:  # a task may fail with anything; the caller decides
         return error
+
+
+def _disconnected() -> WorkersLostError:
+    return WorkersLostError(
+        "the connection to the Dask scheduler was lost. What was computed is kept: see that the "
+        "scheduler runs, then start the same command again to go on."
+    )

@@ -10,7 +10,13 @@ from orbcalc.active.folder import RunFolder
 from orbcalc.config import RunConfig
 from orbcalc.errors import ConfigError
 from orbcalc.files import fingerprints, write_json
-from orbcalc.labels.reference import check_file_labels, refuse_unlike_copies, warn_of_electrons
+from orbcalc.labels.reference import (
+    check_file_labels,
+    file_method,
+    refuse_unlike_copies,
+    warn_of_electrons,
+    warn_of_small_cells,
+)
 from orbcalc.labels.store import read_sources
 from orbcalc.structures import has_volume
 
@@ -56,5 +62,7 @@ def check_inputs(config: RunConfig, inputs: Inputs) -> None:
         check_file_labels(inputs.pool, config.labels)
         refuse_unlike_copies(inputs.pool, config.labels)
     warn_of_electrons(both, config.labels.reference)
+    warn_of_small_cells(both, config.labels)
+    file_method(both, config.labels)
     if config.tasks.stress and not any(has_volume(atoms) for atoms in both):
         raise ConfigError("tasks.stress has weight, but no structure of the pool has a volume")

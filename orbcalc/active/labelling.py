@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +23,11 @@ from orbcalc.labels.process import WorkerProcess, label_structures
 from orbcalc.labels.reference import (
     check_file_labels,
     contradiction,
+    file_method,
     refuse_unlike_copies,
     wanted_quantities,
     warn_of_electrons,
+    warn_of_small_cells,
 )
 from orbcalc.labels.store import LABEL_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key
@@ -32,12 +35,24 @@ from orbcalc.structures import check_structure, structure_key
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["LabelTask", "label", "label_chunk", "label_into_store", "worker_process"]
+__all__ = [
+    "LabelTask",
+    "all_failed",
+    "label",
+    "label_chunk",
+    "label_into_store",
+    "refuse_all_failed",
+    "relabelled",
+    "worker_process",
+]
 
 logger = logging.getLogger(__name__)
 
 #: Structures of a task at most, so that little is lost when a worker dies.
 MAX_CHUNK = 64
+
+#: So many labels do not all fail by themselves.
+MANY = 10
 
 LabelTask = tuple[list[Atoms], LabelConfig, tuple[Kind, ...]]
 #: Receives the number of structures done, the number in all, and the labels just made.
@@ -88,20 +103,22 @@ def label(
     for number, atoms in enumerate(structures):
         check_structure(atoms, f"structure {number}")
     warn_of_electrons(structures, config.reference)
+    warn_of_small_cells(structures, config)
+    config = file_method(structures, config)
     folder = nullcontext(None) if store is not None else TemporaryDirectory()
     with folder as path, open_executor(DaskConfig(model_workers=1), client=client) as executor:
         labels = LabelStore(store if store is not None else Path(str(path)) / "labels.db")
         label_into_store(executor, structures, config, labels, progress=progress)
         keys = [structure_key(atoms) for atoms in structures]
         stored = labels.labelled_atoms(keys)
-        result = [_relabelled(*pair) for pair in zip(structures, stored, strict=True)]
+        result = [relabelled(*pair) for pair in zip(structures, stored, strict=True)]
         for key, atoms in zip(keys, result, strict=True):
             for kind in label_kinds(config):
                 atoms.info[f"{kind}_status"] = str(labels.status(key, kind) or "missing")
     return result
 
 
-def _relabelled(atoms: Atoms, stored: Atoms) -> Atoms:
+def relabelled(atoms: Atoms, stored: Atoms) -> Atoms:
     """Return a copy of a structure with the labels of a stored one in the place of its own."""
     copy: Atoms = atoms.copy()
     for own, found in ((copy.info, stored.info), (copy.arrays, stored.arrays)):
@@ -166,10 +183,34 @@ def label_into_store(
             new = [item for labels in outcome for item in labels]
             statuses.update(str(item.status) for item in new)
             done += len(chunk)
-            chunks.learn(len(chunk), sum(item.wall_time_s for item in new))
+            chunks.learn(outcome)
             if progress is not None:
                 progress(done, n_missing, new)
     return statuses
+
+
+def all_failed(store: LabelStore, keys: Sequence[str]) -> bool:
+    """Tell whether many reference labels were made, and none came out well."""
+    statuses = {store.status(key, "reference") for key in keys}
+    return len(keys) >= MANY and statuses.isdisjoint({None, LabelStatus.ok})
+
+
+def refuse_all_failed(store: LabelStore, keys: Sequence[str]) -> None:
+    """Raise where it is not the structures that are wrong, but the calculator.
+
+    Raises
+    ------
+    LabelError
+        With the message of the first label.
+    """
+    if all_failed(store, keys):
+        first = store.get(keys[0], "reference")
+        assert first is not None
+        raise LabelError(
+            f"none of {len(keys)} reference labels came out well; the first: {first.status}, "
+            f"{first.message}. Mend what is wrong with {first.provenance}, then start the same "
+            f"command again, which tries them again."
+        )
 
 
 def _missing(
@@ -248,20 +289,26 @@ class _Chunks:
     def __init__(self, structures: list[Atoms], chunk_s: float, n_workers: int) -> None:
         self._waiting = deque(structures)
         self._chunk_s, self._n_workers = chunk_s, n_workers
-        self._structures_per_s = 0.0
+        self._seconds = math.inf  # for a structure
 
     def __iter__(self) -> Iterator[list[Atoms]]:
         while self._waiting:
             # At the end every worker should still have something to do.
             fair = len(self._waiting) // (2 * self._n_workers)
-            size = min(fair, MAX_CHUNK, int(self._structures_per_s * self._chunk_s))
+            size = min(fair, MAX_CHUNK, int(self._chunk_s / self._seconds))
             yield [self._waiting.popleft() for _ in range(max(size, 1))]
 
-    def learn(self, n_structures: int, seconds: float) -> None:
-        """Take note of how long a task took."""
-        rate = n_structures / max(seconds, 1e-4)
-        old = self._structures_per_s
-        self._structures_per_s = rate if old == 0 else 0.7 * old + 0.3 * rate
+    def learn(self, labels: Sequence[Sequence[Label]]) -> None:
+        """Take note of how long each structure of a task took; failures say nothing of that."""
+        times = [
+            sum(item.wall_time_s for item in own)
+            for own in labels
+            if all(item.status in (LabelStatus.ok, LabelStatus.timeout) for item in own)
+        ]
+        if times:
+            mean = max(sum(times) / len(times), 1e-6)
+            known = math.isfinite(self._seconds)
+            self._seconds = 0.7 * self._seconds + 0.3 * mean if known else mean
 
 
 def _lost_labels(

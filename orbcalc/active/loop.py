@@ -154,7 +154,9 @@ class ActiveLearning:
         look = None
         if number > 0:
             look = this.look(selection, pool)
-            reason = reason_to_end(look, self.config.stop)
+            md, rules = self.config.pool.md, self.config.certificate
+            grows = md is not None and number + 1 < md.rounds
+            reason = reason_to_end(look, self.config.stop, rules, grows=grows)
             if reason is not None:
                 return self._release(reason, [*self._earlier_looks(number), look], pool)
         this.select_batch(selection, pool)

@@ -21,9 +21,9 @@ from orbcalc.active.decisions import (
     take_look,
 )
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import RunFolder, bare, write_structures
+from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.inputs import Inputs, read_inputs
-from orbcalc.active.labelling import label_into_store
+from orbcalc.active.labelling import all_failed, label_into_store, refuse_all_failed
 from orbcalc.active.modelling import (
     predict_pool,
     train_committee,
@@ -31,7 +31,7 @@ from orbcalc.active.modelling import (
     write_training_set,
 )
 from orbcalc.active.quantities import QUANTITIES, prediction_error
-from orbcalc.active.sampling import Walk, WalkTask, bootstrap_walk, committee_walk
+from orbcalc.active.sampling import Walk, bootstrap_walk, committee_walk, walk_tasks
 from orbcalc.active.selection import draw_audit, power_law_costs
 from orbcalc.config import RunConfig
 from orbcalc.errors import OrbcalcError
@@ -100,32 +100,26 @@ class Round:
             if self.number == 0:
                 listed, starts = inputs or read_inputs(self.config, self.folder)
             seen = {*known, *(structure_key(atoms) for atoms in listed)}
-            sampled = {structure_key(atoms): atoms for atoms in self._walk(starts)}
+            walks = self._walk(starts)
+            sampled = {structure_key(a): a for walker in walks for a in walker.frames}
             fresh = [atoms for key, atoms in sampled.items() if key not in seen]
             n_pool = len(seen) + len(fresh)
+            if n_pool == 0:
+                raise OrbcalcError(
+                    f"the pool is empty: no MD walker found a structure ({walks[0].reason}). "
+                    f"Look at the starting structures and at pool.md, its timestep_fs for example."
+                )
             if n_pool > len(known):
                 self._event("pool", added=n_pool - len(known), pool=n_pool)
             write_structures(self.files.pool, [atoms.copy() for atoms in (*listed, *fresh)])
         return self.folder.pool(self.number + 1)
 
-    def _walk(self, starts: Sequence[Atoms]) -> list[Atoms]:
+    def _walk(self, starts: Sequence[Atoms]) -> list[Walk]:
         """Let the walkers run, if there are any; in the first round with the bootstrap method."""
         md = self.config.pool.md
         if md is None or self.number >= md.rounds:
             return []
-        rng = self._rng("md")
-        if len(starts) > md.walkers:
-            starts = [starts[i] for i in rng.permutation(len(starts))[: md.walkers]]
-        tasks = [
-            WalkTask(
-                start=bare(starts[walker % len(starts)]),
-                config=md,
-                seed=int(rng.integers(2**32)),
-                model=self.committee,
-                device=self.config.device,
-            )
-            for walker in range(md.walkers)
-        ]
+        tasks = walk_tasks(starts, md, self._rng("md"), self.committee, self.config.device)
         walks: dict[int, Walk] = {}
         function = bootstrap_walk if self.committee is None else committee_walk
         for task, outcome in self.executor.map(
@@ -135,7 +129,7 @@ class Round:
                 raise OrbcalcError(f"an MD walker failed: {outcome!r}") from outcome
             walks[tasks.index(task)] = outcome
             self._event("walk", frames=len(outcome.frames), ended=outcome.reason)
-        return [frame for walker in sorted(walks) for frame in walks[walker].frames]
+        return [walks[walker] for walker in sorted(walks)]
 
     # ------------------------------------------------------------------------ selection
     def select(self, pool: Mapping[str, Atoms]) -> dict[str, Any]:
@@ -260,13 +254,20 @@ class Round:
 
     # -------------------------------------------------------------------------- labels
     def label(self, purpose: str, structures: Sequence[Atoms]) -> None:
-        """Label what has no label yet; the purpose is "audit" or "batch"."""
+        """Label what has no label yet; the purpose is "audit" or "batch".
+
+        Where none of many comes out well, the run is ended (`LabelError`), and what starts it
+        again tries them again.
+        """
+        keys = [structure_key(atoms) for atoms in structures]
+        again = all_failed(self.store, keys)
         missing = [
             atoms
-            for atoms in structures
-            if self.store.status(structure_key(atoms), "reference") is None
+            for key, atoms in zip(keys, structures, strict=True)
+            if again or self.store.status(key, "reference") is None
         ]
-        self._label(purpose, missing, label_kinds(self.config.labels))
+        self._label(purpose, missing, label_kinds(self.config.labels), retry_failed=again)
+        refuse_all_failed(self.store, keys)
 
     def label_pool(self, pool: Mapping[str, Atoms]) -> None:
         """Make the cheap labels of the whole pool, where they are asked for and missing."""
@@ -275,7 +276,14 @@ class Round:
         missing = [a for key, a in pool.items() if self.store.status(key, "charges") is None]
         self._label("pool", missing, ("charges",))
 
-    def _label(self, purpose: str, missing: Sequence[Atoms], kinds: tuple[Kind, ...]) -> None:
+    def _label(
+        self,
+        purpose: str,
+        missing: Sequence[Atoms],
+        kinds: tuple[Kind, ...],
+        *,
+        retry_failed: bool = False,
+    ) -> None:
         if not missing:
             return
         seconds = {"charges": 0.0, "reference": 0.0}
@@ -286,7 +294,13 @@ class Round:
             self.notify({"event": "labelling", "purpose": purpose, "done": done, "of": total})
 
         statuses = label_into_store(
-            self.executor, missing, self.config.labels, self.store, kinds=kinds, progress=progress
+            self.executor,
+            missing,
+            self.config.labels,
+            self.store,
+            kinds=kinds,
+            retry_failed=retry_failed,
+            progress=progress,
         )
         self._event(
             "labelled",
@@ -301,12 +315,13 @@ class Round:
         """Label a sample, part by part, and compare with the predictions that were made before."""
         options = self.config.certificate
         purpose = "audit" if self._by_audit else "batch"
-        sample, done = selection[purpose], 0
+        sample, done, errors = selection[purpose], 0, list[float]()
         while True:
             part = next_part(done, len(sample), self.config.selection, options)
-            self.label(purpose, [pool[key] for key in sample[done : done + part]])
+            keys = sample[done : done + part]
+            self.label(purpose, [pool[key] for key in keys])
             done += part
-            errors = [self._error(key, len(pool[key]), selection) for key in sample[:done]]
+            errors += [self._error(key, len(pool[key]), selection) for key in keys]
             look = self._look_at(sample[:done], errors, selection, pool)
             if done == len(sample) or is_decided(look, self.config.selection, options):
                 break

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ase.calculators.calculator import CalculationFailed
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import thermalize_momenta
 
+from orbcalc.active.folder import bare
 from orbcalc.active.labelling import worker_process
 from orbcalc.active.quantities import QUANTITIES, expected_error
 from orbcalc.config import MDConfig
@@ -21,7 +24,7 @@ from orbcalc.errors import OrbcalcError
 from orbcalc.labels.process import WorkerCrashed, WorkerTimeout
 from orbcalc.structures import geometry
 
-__all__ = ["Walk", "WalkTask", "bootstrap_walk", "committee_walk", "walk"]
+__all__ = ["Walk", "WalkTask", "bootstrap_walk", "committee_walk", "walk", "walk_tasks"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,28 @@ class Walk:
     """"finished", or what stopped it early."""
 
 
+def walk_tasks(
+    starts: Sequence[Atoms],
+    config: MDConfig,
+    rng: np.random.Generator,
+    model: Path | None,
+    device: str,
+) -> list[WalkTask]:
+    """Give each walker a start, at random if there are more starts than walkers, and a seed."""
+    if len(starts) > config.walkers:
+        starts = [starts[i] for i in rng.permutation(len(starts))[: config.walkers]]
+    return [
+        WalkTask(
+            start=bare(starts[walker % len(starts)]),
+            config=config,
+            seed=int(rng.integers(2**32)),
+            model=model,
+            device=device,
+        )
+        for walker in range(config.walkers)
+    ]
+
+
 def walk(
     atoms: Atoms,
     calculator: Any,
@@ -55,6 +80,7 @@ def walk(
     seed: int,
     *,
     stop: Callable[[Atoms], str | None] | None = None,
+    limit_s: float = math.inf,
 ) -> Walk:
     """Run Langevin MD and keep a structure every so many steps.
 
@@ -73,7 +99,10 @@ def walk(
         Of velocities and noise.
     stop
         Looks at each structure that is kept; a reason ends the walk.
+    limit_s
+        No step is begun after so many seconds.
     """
+    end = time.monotonic() + limit_s
     rng = np.random.default_rng(seed)
     moving = atoms.copy()
     moving.calc = calculator
@@ -98,6 +127,8 @@ def walk(
         reason = stop(moving) if stop is not None else None
         if reason is not None:
             return Walk(frames, reason)
+        if time.monotonic() > end:
+            return Walk(frames, f"out of time after {limit_s:.0f} s")
     return Walk(frames, "finished")
 
 
@@ -113,8 +144,8 @@ def _frame(moving: Atoms) -> Atoms:
 
 def bootstrap_walk(task: WalkTask) -> Walk:
     """Run a walker with GFN1-xTB, in the torch-free child of a label worker."""
-    # Far beyond any sensible walk; it is there so that a hanging SCF cannot hold the run.
-    limit = 60.0 + 5.0 * task.config.steps
+    # So that a hanging SCF cannot hold the run; a slow one ends with what it has found.
+    limit = 2 * _bootstrap_limit(task.config)
     try:
         result: Walk = worker_process().call(
             "orbcalc.active.sampling:_bootstrap_here", task, timeout_s=limit
@@ -124,11 +155,17 @@ def bootstrap_walk(task: WalkTask) -> Walk:
     return result
 
 
+def _bootstrap_limit(config: MDConfig) -> float:
+    """Return the seconds that a walk may take."""
+    return 60.0 + 5.0 * config.steps
+
+
 def _bootstrap_here(task: WalkTask) -> Walk:
     from orbcalc.labels.xtb import make_ase_calculator
 
     calculator = make_ase_calculator(task.config.bootstrap, task.start)
-    return walk(task.start, calculator, task.config, task.seed)
+    limit = _bootstrap_limit(task.config)
+    return walk(task.start, calculator, task.config, task.seed, limit_s=limit)
 
 
 def committee_walk(task: WalkTask) -> Walk:

@@ -83,12 +83,13 @@ def _check_training(config: TrainConfig) -> None:
     from orbcalc.model.checkpoint import load_model
     from orbcalc.training.run import prepared
     from orbcalc.training.statistics import given_energies
+    from orbcalc.training.trainer import Trainer
 
     config, _, train_set, valid_set = prepared(config)
     census = {task: n + valid_set.census()[task] for task, n in train_set.census().items()}
     n_train, n_valid = len(train_set), len(valid_set)
     output.print(f"{n_train + n_valid} structures, labels: {census}; {n_valid} of them held out")
-    train_set.require(config.tasks)
+    Trainer(train_set, valid_set, config, seed=0)  # which refuses what it cannot learn from
     if config.reference_energies is not None:
         given_energies(config.reference_energies, train_set.elements)
     if config.start_from is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from ase import Atoms
 from rich.text import Text
 
 from orbcalc.cli.console import Dask, check_output, console, output
@@ -47,10 +48,10 @@ def label(
     """Label structures: GFN1-xTB orbital charges, reference energies and forces."""
     from orbcalc.active.executor import open_executor
     from orbcalc.active.folder import write_structures
-    from orbcalc.active.labelling import label_into_store
+    from orbcalc.active.labelling import label_into_store, relabelled
     from orbcalc.config import DaskConfig, LabelConfig, parse_config
     from orbcalc.labels.label import Kind
-    from orbcalc.labels.reference import warn_of_electrons
+    from orbcalc.labels.reference import file_method, warn_of_electrons, warn_of_small_cells
     from orbcalc.labels.store import LabelStore, read_sources
     from orbcalc.structures import structure_key
 
@@ -75,6 +76,8 @@ def label(
     kinds = tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
     atoms_list = read_sources(structures)
     warn_of_electrons(atoms_list, config.reference)
+    warn_of_small_cells(atoms_list, config)
+    config = file_method(atoms_list, config)
     labels = LabelStore(store or out.with_suffix(".db"))
     with (
         open_executor(DaskConfig(address=dask, model_workers=1)) as executor,
@@ -89,8 +92,12 @@ def label(
             retry_failed=retry_failed,
             progress=progress,
         )
-    keys = list(dict.fromkeys(structure_key(atoms) for atoms in atoms_list))
-    write_structures(out, labels.labelled_atoms(keys))
+    unique: dict[str, Atoms] = {}
+    for atoms in atoms_list:
+        unique.setdefault(structure_key(atoms), atoms)
+    keys = list(unique)
+    stored = labels.labelled_atoms(keys)
+    write_structures(out, [relabelled(*p) for p in zip(unique.values(), stored, strict=True)])
     print_census(labels.census())
     failed = sum(labels.status(key, kind) != "ok" for key in keys for kind in kinds)
     output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")

@@ -74,7 +74,8 @@ def evaluate(
     if not errors:
         raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")
     if out is not None:
-        results = predict(committee, labelled, names, baseline="labels")
+        wanted = dict.fromkeys([*names, "forces", *charges])
+        results = predict(committee, labelled, [*wanted], baseline="labels")
         write_structures(out, [with_results(*pair) for pair in zip(labelled, results, strict=True)])
     if as_json:
         output.print_json(json.dumps({"structures": len(dataset), **errors}))

@@ -76,6 +76,11 @@ class PoolConfig(StrictModel):
             raise ValueError("the pool is empty: give `structures`, or `start` with `md`")
         if self.md is not None and not (self.start or self.structures):
             raise ValueError("md needs starting structures: give `start` (or `structures`)")
+        if self.md is None and self.start:
+            raise ValueError(
+                "`start` is where MD walkers begin, but there is no `md`: give that, or "
+                "`structures` if these belong to the pool"
+            )
         return self
 
     @property
@@ -97,10 +102,14 @@ class SelectionConfig(StrictModel):
         default=200, ge=1, description="most random structures labelled before they are trained on"
     )
     audit_step: int = Field(
-        default=20, ge=1, description="as many of them at a time, until the look is decided"
+        default=20,
+        ge=1,
+        description="as many of them at a time, until the look is decided (method: sequential)",
     )
     diversity: float = Field(
-        default=2.0, ge=1, description="choose a spread-out batch among this many times as many"
+        default=2.0,
+        ge=1,
+        description="choose a spread-out batch among this many times as many (method: uncertainty)",
     )
     cost_aware: bool = Field(default=False, description="prefer uncertainty per second of label")
     valid_fraction: float = Field(
@@ -150,7 +159,11 @@ class StopConfig(StrictModel):
     """Ends of the loop other than a certificate; they are reported as such."""
 
     max_rounds: int = Field(default=10, ge=1)
-    max_labels: int | None = Field(default=None, ge=1, description="reference labels in all")
+    max_labels: int | None = Field(
+        default=None,
+        ge=1,
+        description="reference labels in all; where they end, the last model has no audit",
+    )
 
 
 class DaskConfig(StrictModel):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, InputError, SCFError, all_changes
+from ase.data import atomic_numbers
 from ase.units import Bohr, Hartree
 
 from orbcalc.errors import ConfigError
@@ -31,11 +33,14 @@ class PySCFCalculator(Calculator):
     xc
         Functional, in PySCF's names.
     basis
-        Orbital basis. The def2 bases bring their effective core potential.
+        Orbital basis.
     ecp
-        Effective core potential; None: as the basis needs it.
+        Effective core potential; None: that which the basis was made for, as PySCF knows it (def2,
+        LANL2, ...-PP). Of other bases of heavy elements it must be named.
     density_fit
-        Fit the Coulomb part (and exchange).
+        Fit the Coulomb part (and exchange), in the basis made for that, else in
+        def2-universal-jkfit: what PySCF makes by itself is wrong by up to eV beside core
+        potentials.
     conv_tol
         Convergence of the SCF energy, hartree.
     max_cycle
@@ -108,10 +113,10 @@ class PySCFCalculator(Calculator):
 
     def _mean_field(self, atoms: Atoms) -> Any:
         from pyscf import dft, gto
+        from pyscf.df.addons import make_auxbasis  # type: ignore[import-untyped]
 
         charge, multiplicity = charge_and_multiplicity(atoms)
         options: Any = self.parameters
-        ecp = options.ecp or (options.basis if options.basis.lower().startswith("def2") else None)
         molecule = gto.Mole()
         molecule.build(
             dump_input=False,
@@ -120,17 +125,28 @@ class PySCFCalculator(Calculator):
             atom=list(zip(atoms.symbols, atoms.positions / Bohr, strict=True)),
             unit="Bohr",
             basis=options.basis,
-            ecp=ecp,
+            ecp=options.ecp or _core_potentials(options.basis, {*atoms.symbols}),
             charge=charge,
             spin=multiplicity - 1,
         )
         mean_field = (dft.RKS if multiplicity == 1 else dft.UKS)(molecule, xc=options.xc)
         if options.density_fit:
-            mean_field = mean_field.density_fit()
+            fitted = make_auxbasis(molecule)
+            is_made = all(isinstance(basis, str) for basis in fitted.values())
+            mean_field = mean_field.density_fit(fitted if is_made else "def2-universal-jkfit")
         mean_field.grids.level = options.grid_level
         mean_field.conv_tol = options.conv_tol
         mean_field.max_cycle = options.max_cycle
         return mean_field
+
+
+def _core_potentials(basis: str, symbols: Collection[str]) -> dict[str, str]:
+    """Return the effective core potentials that a basis was made for, by symbol."""
+    from pyscf.gto.mole import bse_predefined_ecp  # type: ignore[import-untyped]
+
+    # PySCF knows the plain names only; all bases of this family share their potentials
+    name, numbers = bse_predefined_ecp("def2-svp" if "def2" in basis.lower() else basis, symbols)
+    return {symbol: name for symbol in symbols if atomic_numbers[symbol] in (numbers or ())}
 
 
 def pyscf_provenance(arguments: dict[str, Any]) -> Provenance:

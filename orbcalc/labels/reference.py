@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.geometry import minkowski_reduce
 
 from orbcalc.config import LabelConfig, ReferenceConfig
 from orbcalc.errors import ConfigError, LabelConflictError, LabelError, MissingLabelError
 from orbcalc.labels.label import Label, Provenance, Values, attempt
 from orbcalc.labels.xtb import XTBSettings, xtb_provenance, xtb_values
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS, SPIN_KEY
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS, SPIN_KEY
 from orbcalc.structures import charge_and_multiplicity, structure_key
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "carries",
     "check_file_labels",
     "contradiction",
+    "file_method",
     "file_value",
     "reference_provenance",
     "refuse_unlike_copies",
     "wanted_quantities",
     "warn_of_electrons",
+    "warn_of_small_cells",
 ]
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,9 @@ GFN2 = "GFN2-xTB"
 
 #: eV, eV/Å, eV/Å³; labels that differ by less are the same: files are rounded.
 LABEL_RESOLUTION = 1e-5
+
+#: Å; crystals of a shorter period need more k-points than the one that tblite has.
+SMALL_CELL = 10.0
 
 
 class ReferenceLabeler:
@@ -290,6 +296,48 @@ def warn_of_electrons(structures: Iterable[Atoms], reference: ReferenceConfig) -
                 reference.calculator,
             )
             return
+
+
+def warn_of_small_cells(structures: Iterable[Atoms], config: LabelConfig) -> None:
+    """Tell that the GFN methods, if used, see a crystal at the Gamma point alone."""
+    if not config.charges and config.reference.calculator != GFN2:
+        return
+
+    def period(atoms: Atoms) -> float:
+        return float(np.linalg.norm(minkowski_reduce(atoms.cell.array)[0], axis=1).min())
+
+    small = [atoms for atoms in structures if atoms.pbc.all() and period(atoms) < SMALL_CELL]
+    if small:
+        logger.warning(
+            "%d structures, %s the first, have cells that are shorter than %g Å: GFN1-xTB and "
+            "GFN2-xTB are computed at the Gamma point alone, and are wrong there. Give supercells",
+            len(small),
+            small[0].get_chemical_formula(),
+            SMALL_CELL,
+        )
+
+
+def file_method(structures: Iterable[Atoms], config: LabelConfig) -> LabelConfig:
+    """Let labels that are taken from files keep the name of their method, if all have one.
+
+    Raises
+    ------
+    LabelConflictError
+        If they are of different methods.
+    """
+    if config.reference.calculator != "file":
+        return config
+    methods = {str(atoms.info.get(REF_METHOD, "")) for atoms in structures}
+    if len(methods - {""}) > 1:
+        raise LabelConflictError(
+            f"the reference is 'file', but its labels are of different methods: "
+            f"{'; '.join(sorted(methods - {''}))}. Take those of one of them."
+        )
+    method = methods.pop() if len(methods) == 1 else ""
+    if not method or config.reference.version is not None:
+        return config
+    reference = config.reference.model_copy(update={"version": method})
+    return config.model_copy(update={"reference": reference})
 
 
 def _xtb_settings(reference: ReferenceConfig) -> XTBSettings:

@@ -70,7 +70,7 @@ def initial_potential(
             len(committee.members) == config.committee
             and _sizes(committee.first.config) == _sizes(config.potential)
             and list(committee.first.elements) == train_set.elements
-            and committee.first.shells == train_set.shells
+            and train_set.shells.items() <= committee.first.shells.items()
         )
         if fits:
             potential = committee.members[member]

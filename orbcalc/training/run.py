@@ -354,6 +354,10 @@ def _member_path(config: TrainConfig, member: int) -> Path:
 def _refuse_other_run(config: TrainConfig, folder: Path) -> None:
     """Write down what is trained here, and refuse to go on with something else."""
     path, inputs, text = folder / "config.json", folder / _INPUTS, _portable(config, folder)
+    if not any(folder.glob("member_*")):  # nothing was done that another one could spoil
+        inputs.unlink(missing_ok=True)
+        replace_file(path, text)
+        return
     if path.exists() and path.read_bytes() != text.encode():
         raise CheckpointError(
             f"{folder} holds an unfinished training of another configuration. "

@@ -124,6 +124,19 @@ def test_check_finds_no_fault_and_times_one_label(cli: Cli, here: Path, pool: Pa
     assert not (here / "run").exists()
 
 
+def test_check_refuses_what_a_training_would(
+    cli: Cli, here: Path, labelled_file: Path, labelled_waters: list[Atoms]
+) -> None:
+    other = labelled_waters[0].copy()
+    other.numbers[0] = 16
+    valid = write_pool(here / "valid.extxyz", [other])
+    config = train_config(labelled_file, here / "m.orbcalc", valid=str(valid))
+    Path("train.yaml").write_text(dump_config(config))
+    found = cli("check", "train.yaml")
+    assert found.code == 1
+    assert "the validation set has S" in found.err
+
+
 def test_check_knows_the_labels_of_a_training(cli: Cli, here: Path, labelled_file: Path) -> None:
     config = train_config(labelled_file, here / "m.orbcalc", tasks={"stress": 1})
     Path("train.yaml").write_text(dump_config(config))
@@ -180,6 +193,24 @@ def test_label_writes_what_training_reads(cli: Cli, client: Client, here: Path) 
     labelled = ase.io.read(here / "out.extxyz", ":")
     assert len(labelled) == 5
     assert all(REF_ENERGY in a.info and XTB_BLOCKS in a.arrays for a in labelled)
+
+
+def test_label_keeps_what_files_say_of_structures(cli: Cli, client: Client, here: Path) -> None:
+    """Also where the label comes from a store that has seen the structure before."""
+    for name in ("first", "corrected"):
+        structures = waters(2)
+        for atoms in structures:
+            atoms.info["name"] = name
+            atoms.set_array("atomtypes", np.array(["OW", "HW", "HW"]))
+            atoms.set_array("site", np.arange(3))
+        path = write_pool(here / "x.extxyz", structures)
+        found = label(cli, client, path, "-o", here / "out.extxyz", "--reference", "none")
+        assert found.code == 0, found.err
+        for atoms in ase.io.read(here / "out.extxyz", ":"):
+            assert atoms.info["name"] == name
+            assert list(atoms.arrays["atomtypes"]) == ["OW", "HW", "HW"]
+            assert list(atoms.arrays["site"]) == [0, 1, 2]
+            assert XTB_BLOCKS in atoms.arrays
 
 
 def test_label_computes_only_what_its_store_lacks(cli: Cli, client: Client, here: Path) -> None:
@@ -391,6 +422,18 @@ def test_evaluate_writes_predictions_of_a_model_without_charges(
     found = cli("evaluate", "m.orbcalc", labelled_file, "-o", "predicted.extxyz")
     assert found.code == 0, found.err
     assert "charges" not in results_of(ase.io.read("predicted.extxyz"))
+
+
+def test_evaluate_writes_forces_without_labels_of_them(
+    cli: Cli, here: Path, model: Path, labelled_waters: list[Atoms]
+) -> None:
+    structures = [atoms.copy() for atoms in labelled_waters[:3]]
+    for atoms in structures:
+        del atoms.arrays[REF_FORCES]
+    path = write_pool(here / "x.extxyz", structures)
+    assert cli("evaluate", model, path, "-o", "predicted.extxyz").code == 0
+    for atoms in ase.io.read("predicted.extxyz", ":"):
+        assert results_of(atoms)["forces"].shape == (3, 3)
 
 
 def test_evaluate_keeps_every_structure(

@@ -24,16 +24,49 @@ from small_runs import (
 
 from orbcalc.active import executor as executor_module
 from orbcalc.active.executor import Executor, open_executor
-from orbcalc.active.labelling import label_into_store
+from orbcalc.active.labelling import _Chunks, label_into_store
 from orbcalc.config import DaskConfig, LabelConfig, ReferenceConfig
 from orbcalc.errors import ConfigError, LabelError, StructureError, WorkersLostError
-from orbcalc.labels.label import LabelStatus
+from orbcalc.labels.label import Label, LabelStatus, Provenance
 from orbcalc.labels.store import LabelStore
 from orbcalc.structures import structure_key
 
 
 def test_results_come_with_their_items(executor: Executor) -> None:
     assert sorted(executor.map(square, range(10), "label")) == [(n, n * n) for n in range(10)]
+
+
+def test_a_lost_scheduler_is_told() -> None:
+    cluster = LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    )
+    client = Client(cluster.scheduler_address, set_as_default=False)
+    try:
+        outcomes = Executor(client).map(nap, [0.05] * 1000, "label")
+        next(outcomes)
+        cluster.close()
+        with pytest.raises(WorkersLostError, match="connection to the Dask scheduler was lost"):
+            list(outcomes)
+    finally:
+        client.close(timeout=1)
+        cluster.close()
+
+
+def test_a_failure_does_not_make_tasks_long() -> None:
+    chunks = _Chunks(waters(1) * 1000, 60.0, 8)
+    source, provenance = iter(chunks), Provenance("a", "b", "c", {})
+
+    def took(status: LabelStatus, seconds: float) -> list[list[Label]]:
+        return [[Label("k", "reference", status, provenance, wall_time_s=seconds)]]
+
+    chunks.learn(took(LabelStatus.crashed, 0.0))
+    assert len(next(source)) == 1
+    chunks.learn(took(LabelStatus.ok, 300.0))
+    chunks.learn(took(LabelStatus.failed, 0.002))
+    assert len(next(source)) == 1
+    for _ in range(50):
+        chunks.learn(took(LabelStatus.ok, 2.0))
+    assert len(next(source)) == 29  # in about a minute
 
 
 def test_what_a_task_raises_is_its_outcome(executor: Executor) -> None:

@@ -18,7 +18,7 @@ from ase.build import molecule
 from ase.constraints import FixAtoms
 from distributed import Client
 from killed_run import INITIAL, Story
-from small_runs import HereExecutor, run_config, waters, write_pool
+from small_runs import HereExecutor, run_config, walk_nowhere, waters, write_pool
 
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.decisions import stream
@@ -31,7 +31,13 @@ from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
 from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, StopConfig
-from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError, OrbcalcError
+from orbcalc.errors import (
+    CheckpointError,
+    ConfigError,
+    LabelError,
+    MissingLabelError,
+    OrbcalcError,
+)
 from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
@@ -225,7 +231,7 @@ def test_a_pool_that_is_used_up_is_labelled_completely(client: Client, tmp_path:
     assert len(LabelStore(config.output / "labels.db")) == 16
 
 
-def test_a_used_up_pool_with_failures_is_not_certified(client: Client, tmp_path: Path) -> None:
+def test_a_pool_with_too_many_failures_is_not_certified(client: Client, tmp_path: Path) -> None:
     structures = waters(16)
     for atoms in structures[:6]:
         atoms.positions[:, 2] += 200 if atoms is structures[0] else 70
@@ -237,10 +243,9 @@ def test_a_used_up_pool_with_failures_is_not_certified(client: Client, tmp_path:
         stop={"max_rounds": 9},
     )
     certificate = run(config, client=client)
-    assert certificate.reason == "pool exhausted"
-    assert certificate.looks[-1].n_right == 10
+    assert certificate.reason == "too many failed labels"
     store = LabelStore(config.output / "labels.db")
-    assert store.census()["reference"]["failed"] == 6
+    assert 2 <= store.census()["reference"]["failed"] <= 6
     failed = set(store.keys("reference", LabelStatus.failed))
     for path in config.output.glob("rounds/*/*.extxyz"):
         if path.name in ("train.extxyz", "valid.extxyz"):
@@ -572,7 +577,9 @@ def test_file_labels_are_counted_before_anything_starts(
         run(config)
 
 
-def test_a_first_round_without_labels_ends_with_a_reason(client: Client, tmp_path: Path) -> None:
+def test_labels_that_all_fail_end_the_run_and_are_tried_again(
+    client: Client, tmp_path: Path
+) -> None:
     structures = waters(12)
     for atoms in structures:
         atoms.positions[:, 2] += 200
@@ -581,8 +588,29 @@ def test_a_first_round_without_labels_ends_with_a_reason(client: Client, tmp_pat
         tmp_path / "run",
         labels={"reference": {"calculator": "small_runs:FussyCalculator"}},
     )
-    with pytest.raises(ConfigError, match=r"0 labelled structure\(s\) are too few .*failed labels"):
+    for _ in range(2):
+        with pytest.raises(LabelError, match=r"none of 10 reference labels .*Mend what is wrong"):
+            run(config, client=client)
+    events = [e for e in read_jsonl(config.output / "events.jsonl") if e["event"] == "labelled"]
+    assert [event["statuses"]["failed"] for event in events] == [10, 10]
+
+
+def test_a_pool_that_stays_empty_is_told(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orbcalc.active.round.bootstrap_walk", walk_nowhere)
+    config = run_config(
+        tmp_path / "none",
+        tmp_path / "run",
+        pool={
+            "structures": [],
+            "start": str(write_pool(tmp_path / "start.xyz", waters(1))),
+            "md": {"walkers": 2, "steps": 4, "every": 2},
+        },
+    )
+    with pytest.raises(OrbcalcError, match=r"the pool is empty: .*\(SCFError: no luck\)"):
         run(config, client=client)
+    assert not RunFolder(config.output).round(0).pool.exists()
 
 
 # --------------------------------------------------------------------------- pools

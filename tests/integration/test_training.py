@@ -348,6 +348,18 @@ def test_what_is_validated_on_is_not_trained_on(
         train(train_config(labelled_file, tmp_path / "a.orbcalc", valid=str(labelled_file)))
 
 
+def test_what_was_refused_before_its_first_step_can_be_corrected(
+    labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    path = write_pool(tmp_path / "x.extxyz", stripped(labelled_waters, REF_FORCES))
+    output = tmp_path / "a.orbcalc"
+    with pytest.raises(MissingLabelError, match="forces"):
+        train(train_config(path, output, tasks={"forces": 1}))
+    write_pool(path, stripped(labelled_waters[1:], REF_FORCES))
+    train(train_config(path, output, tasks={"forces": 0}, optimizer={"steps": 2}))
+    assert output.is_file()
+
+
 def test_different_methods_are_not_mixed(labelled_waters: list[Atoms], tmp_path: Path) -> None:
     structures = stripped(labelled_waters)
     structures[3].info[REF_METHOD] = "PBE (other 1.0)"
@@ -536,6 +548,24 @@ def test_training_begins_with_a_model_that_fits(
     for name, weights in start.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], weights)
     assert torch.equal(same.first.reference_energies, start.first.reference_energies)
+
+
+def test_a_start_with_charges_serves_structures_without_them(
+    labelled_waters: list[Atoms],
+    labelled_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    start = train(train_config(labelled_file, tmp_path / "start.orbcalc"))
+    bare = write_pool(tmp_path / "x.extxyz", stripped(labelled_waters, XTB_BLOCKS, XTB_SHELLS))
+    tuned = train(
+        start_from(bare, tmp_path / "start.orbcalc", tmp_path / "b.orbcalc", tasks={"charges": 0})
+    )
+    assert "starting afresh" not in caplog.text
+    before, after = (predict(model, labelled_waters[:3]) for model in (start, tuned))
+    for one, two in zip(before, after, strict=True):
+        np.testing.assert_allclose(two["forces"], one["forces"], atol=1e-5)
 
 
 @pytest.mark.parametrize(

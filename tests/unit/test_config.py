@@ -265,6 +265,12 @@ def test_certificates_that_cannot_be_are_refused(certificate, message: str) -> N
         parse_config(data, RunConfig)
 
 
+def test_starts_without_md_are_refused() -> None:
+    data = {"pool": {"structures": "pool.xyz", "start": "start.xyz"}}
+    with pytest.raises(ConfigError, match="there is no `md`"):
+        parse_config(data, RunConfig)
+
+
 @pytest.mark.parametrize("method", ["diversity", "random"])
 def test_costs_divide_no_scores_that_are_not_there(method: str) -> None:
     data = {"pool": {"structures": "pool.xyz"}, "selection": {"method": method}}

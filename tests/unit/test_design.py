@@ -271,10 +271,10 @@ def test_pools_smaller_than_a_round_are_labelled_and_then_right(n: int, method) 
 
 
 def test_a_pool_of_failures_is_never_certified() -> None:
-    for n in (5, 60):
+    for n, reason in ((5, "pool exhausted"), (60, "too many failed labels")):
         design = make(n, stop=StopConfig(max_rounds=99))
         finish(design, np.full(n, np.nan), np.zeros(n))
-        assert design.certificate.reason == "pool exhausted"
+        assert design.certificate.reason == reason
         assert design.looks[-1].accuracy_bound == 0.0
         assert len(design.labelled) == 0
 
@@ -328,14 +328,24 @@ def test_duplicates_are_counted_one_by_one() -> None:
 
 
 def test_reasons_come_in_order() -> None:
-    terms = {"gamma": 0.9, "delta": 0.05}
+    terms, rules = {"gamma": 0.9, "delta": 0.05}, CertificateConfig(accuracy=0.9)
     bad = audit_look(PoolCounts(100, 10, 0), np.zeros(20, dtype=bool), look=2, **terms)
-    assert reason_to_end(bad, StopConfig(max_rounds=3)) is None
-    assert reason_to_end(bad, StopConfig(max_rounds=2, max_labels=30)) == "max_rounds"
-    assert reason_to_end(bad, StopConfig(max_rounds=3, max_labels=30)) == "max_labels"
+    assert reason_to_end(bad, StopConfig(max_rounds=3), rules) is None
+    assert reason_to_end(bad, StopConfig(max_rounds=2, max_labels=30), rules) == "max_rounds"
+    assert reason_to_end(bad, StopConfig(max_rounds=3, max_labels=30), rules) == "max_labels"
     lost = audit_look(PoolCounts(30, 0, 10), np.zeros(20, dtype=bool), look=1,
                       failed=np.ones(20, dtype=bool), **terms)  # fmt: skip
-    assert reason_to_end(lost, StopConfig()) == "pool exhausted"
+    assert reason_to_end(lost, StopConfig(), rules) == "pool exhausted"
+
+
+@pytest.mark.parametrize(("n_failed", "reason"), [(10, None), (11, "too many failed labels")])
+def test_failed_labels_may_leave_nothing_to_certify(n_failed: int, reason: str | None) -> None:
+    rules = CertificateConfig(accuracy=0.9)
+    look = audit_look(
+        PoolCounts(100, 20, n_failed), np.zeros(20, dtype=bool), look=1, gamma=0.9, delta=0.05
+    )
+    assert reason_to_end(look, StopConfig(), rules) == reason
+    assert reason_to_end(look, StopConfig(), rules, grows=True) is None
 
 
 def test_it_loads_neither_chemistry_nor_networks() -> None:

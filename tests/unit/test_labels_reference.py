@@ -17,18 +17,20 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 
 from orbcalc.config import LabelConfig, ReferenceConfig
-from orbcalc.errors import ConfigError, LabelError, MissingLabelError
+from orbcalc.errors import ConfigError, LabelConflictError, LabelError, MissingLabelError
 from orbcalc.labels import dft, label
 from orbcalc.labels.compute import compute_label, label_kinds, label_provenance
 from orbcalc.labels.label import LabelStatus, Provenance
 from orbcalc.labels.reference import (
     ReferenceLabeler,
     check_file_labels,
+    file_method,
     reference_provenance,
     warn_of_electrons,
+    warn_of_small_cells,
 )
 from orbcalc.labels.xtb import XTBSettings, xtb_values
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS
 
 HERE = __name__
 
@@ -128,6 +130,34 @@ def test_a_warning_tells_that_calculators_may_not_read_charges(caplog):
     assert not caplog.text
     warn_of_electrons([structures.water(), charged], ReferenceConfig(calculator="a:B"))
     assert "H2O has a charge or a spin in atoms.info" in caplog.text
+
+
+def test_a_warning_tells_of_cells_that_need_k_points(caplog):
+    caplog.set_level("WARNING")
+    with_gfn = LabelConfig(reference=ReferenceConfig(calculator="a:B"))
+    without = with_gfn.model_copy(update={"charges": False})
+    small = bulk("NaCl", "rocksalt", 5.64)
+    warn_of_small_cells([small * (3, 3, 3), structures.water()], with_gfn)
+    warn_of_small_cells([small], without)
+    assert not caplog.text
+    warn_of_small_cells([structures.water(), small], with_gfn)
+    assert "1 structures, ClNa the first, have cells that are shorter than 10 Å" in caplog.text
+
+
+def test_labels_of_files_keep_the_name_of_their_method():
+    file = LabelConfig(reference=ReferenceConfig(calculator="file"))
+    first, second, third = structures.water(), structures.oxygen(), structures.ethanol()
+    first.info[REF_METHOD] = second.info[REF_METHOD] = "PBE (VASP 6)"
+    named = file_method([first, second], file)
+    assert str(reference_provenance(named.reference)) == "file (file PBE (VASP 6))"
+    assert file_method([first, third], file) == file  # of the third nothing is known
+    own = LabelConfig(reference=ReferenceConfig(calculator="file", version="mine"))
+    assert file_method([first, second], own) == own
+    third.info[REF_METHOD] = "GFN2-xTB"
+    with pytest.raises(LabelConflictError, match=r"different methods: GFN2-xTB; PBE \(VASP 6\)"):
+        file_method([first, second, third], file)
+    computed = LabelConfig(reference=ReferenceConfig(calculator="GFN2-xTB"))
+    assert file_method([first, second, third], computed) == computed
 
 
 def test_charge_in_info_is_not_hidden_by_ases_cache():
@@ -321,11 +351,25 @@ def test_dft_reads_charge_and_multiplicity():
     assert "UKS" in type(field).__name__
 
 
-def test_def2_bases_bring_their_core_potential():
+def test_bases_bring_their_core_potential():
     pytest.importorskip("pyscf")
     iodine = Atoms("HI", [[0, 0, 0], [0, 0, 1.6]])
     assert dft.PySCFCalculator()._mean_field(iodine).mol.nelectron == 26
     assert dft.PySCFCalculator(basis="sto-3g")._mean_field(iodine).mol.nelectron == 54
+    assert dft.PySCFCalculator(basis="lanl2dz")._mean_field(iodine).mol.nelectron == 8
+    assert dft.PySCFCalculator(basis="ma-def2-svp")._mean_field(iodine).mol.nelectron == 26
+
+
+@pytest.mark.parametrize("basis", ["def2-svp", "lanl2dz"])
+def test_density_fitting_hardly_changes_the_energy(basis):
+    pytest.importorskip("pyscf")
+    fitted, exact = (
+        dft.PySCFCalculator(basis=basis, grid_level=0, density_fit=fit)._mean_field(
+            structures.water()
+        )
+        for fit in (True, False)
+    )
+    assert fitted.kernel() == pytest.approx(exact.kernel(), abs=2e-4)  # hartree
 
 
 def test_dft_failures():

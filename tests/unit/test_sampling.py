@@ -52,6 +52,11 @@ def positions(frames: list[Atoms]) -> np.ndarray:
     return np.array([atoms.positions for atoms in frames])
 
 
+def test_a_walk_out_of_time_keeps_what_it_found() -> None:
+    found = walk(water(), Springs(water()), CONFIG, 1, limit_s=-1.0)
+    assert (len(found.frames), found.reason) == (1, "out of time after -1 s")
+
+
 def test_a_walk_follows_from_its_seed() -> None:
     start = water()
     before = start.positions.copy()
