@@ -35,7 +35,10 @@ class LabelConfig(StrictModel):
     reference: ReferenceConfig = ReferenceConfig()
     forces: bool = Field(default=True, description="ask the reference for forces as well")
     stress: bool = Field(default=False, description="ask the reference for stress as well")
-    charges: bool = Field(default=True, description="compute GFN1-xTB orbital charges")
+    charges: bool = Field(
+        default=True,
+        description="compute GFN1-xTB orbital charges (of crystals at the Gamma point)",
+    )
     timeout_s: float = Field(
         default=600.0, gt=0, description="wall time after which one label is given up"
     )

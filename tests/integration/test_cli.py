@@ -133,7 +133,7 @@ def test_check_refuses_what_a_training_would(
     config = train_config(labelled_file, here / "m.orbcalc", valid=str(valid))
     Path("train.yaml").write_text(dump_config(config))
     found = cli("check", "train.yaml")
-    assert found.code == 1
+    assert found.code == 2
     assert "the validation set has S" in found.err
 
 

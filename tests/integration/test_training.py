@@ -140,7 +140,7 @@ def test_an_unfinished_training_does_not_go_on_with_changed_files(
     }
     config = train_config(paths["train"], tmp_path / "a.orbcalc", valid=str(paths["valid"]))
     with pytest.raises(KillError):
-        train(config, interrupt_at(10))
+        train(config, interrupt_at(20))
     for path in paths.values():
         before = path.read_bytes()
         write_pool(path, labelled_waters[1:5])
@@ -158,7 +158,7 @@ def test_a_model_to_start_from_is_one_of_the_files(labelled_file: Path, tmp_path
         labelled_file, tmp_path / "a.orbcalc", start_from=str(first.output), committee=1
     )
     with pytest.raises(KillError):
-        train(config, interrupt_at(10))
+        train(config, interrupt_at(20))
     train(train_config(labelled_file, first.output, seed=5))
     with pytest.raises(CheckpointError, match=r"first\.orbcalc has changed since"):
         train(config)
