@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from ase import Atoms
 from rich.text import Text
 
 from orbcalc.cli.console import Dask, check_output, console, output
@@ -92,12 +91,11 @@ def label(
             retry_failed=retry_failed,
             progress=progress,
         )
-    unique: dict[str, Atoms] = {}
-    for atoms in atoms_list:
-        unique.setdefault(structure_key(atoms), atoms)
-    keys = list(unique)
+    first = {structure_key(atoms): atoms for atoms in reversed(atoms_list)}
+    keys = list(dict.fromkeys(structure_key(atoms) for atoms in atoms_list))
     stored = labels.labelled_atoms(keys)
-    write_structures(out, [relabelled(*p) for p in zip(unique.values(), stored, strict=True)])
+    done = [relabelled(first[key], atoms) for key, atoms in zip(keys, stored, strict=True)]
+    write_structures(out, done)
     print_census(labels.census())
     failed = sum(labels.status(key, kind) != "ok" for key in keys for kind in kinds)
     output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")
