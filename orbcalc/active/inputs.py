@@ -10,13 +10,7 @@ from orbcalc.active.folder import RunFolder
 from orbcalc.config import RunConfig
 from orbcalc.errors import ConfigError
 from orbcalc.files import fingerprints, write_json
-from orbcalc.labels.reference import (
-    check_file_labels,
-    file_method,
-    refuse_unlike_copies,
-    warn_of_electrons,
-    warn_of_small_cells,
-)
+from orbcalc.labels.reference import check_file_labels, look_over, refuse_unlike_copies
 from orbcalc.labels.store import read_sources
 from orbcalc.structures import has_volume
 
@@ -57,12 +51,10 @@ def read_inputs(config: RunConfig, folder: RunFolder) -> Inputs:
 
 def check_inputs(config: RunConfig, inputs: Inputs) -> None:
     """Refuse structures that a run cannot go on with; see `read_inputs`."""
-    both = [*inputs.pool, *inputs.starts]
+    both = list({id(atoms): atoms for atoms in (*inputs.pool, *inputs.starts)}.values())
     if config.labels.reference.calculator == "file":
         check_file_labels(inputs.pool, config.labels)
         refuse_unlike_copies(inputs.pool, config.labels)
-    warn_of_electrons(both, config.labels.reference)
-    warn_of_small_cells(both, config.labels)
-    file_method(both, config.labels)
+    look_over(both, config.labels)
     if config.tasks.stress and not any(has_volume(atoms) for atoms in both):
         raise ConfigError("tasks.stress has weight, but no structure of the pool has a volume")

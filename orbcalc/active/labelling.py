@@ -23,11 +23,9 @@ from orbcalc.labels.process import WorkerProcess, label_structures
 from orbcalc.labels.reference import (
     check_file_labels,
     contradiction,
-    file_method,
+    look_over,
     refuse_unlike_copies,
     wanted_quantities,
-    warn_of_electrons,
-    warn_of_small_cells,
 )
 from orbcalc.labels.store import LABEL_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key
@@ -102,9 +100,7 @@ def label(
     config = reference if isinstance(reference, LabelConfig) else _config(reference)
     for number, atoms in enumerate(structures):
         check_structure(atoms, f"structure {number}")
-    warn_of_electrons(structures, config.reference)
-    warn_of_small_cells(structures, config)
-    config = file_method(structures, config)
+    config = look_over(structures, config)
     folder = nullcontext(None) if store is not None else TemporaryDirectory()
     with folder as path, open_executor(DaskConfig(model_workers=1), client=client) as executor:
         labels = LabelStore(store if store is not None else Path(str(path)) / "labels.db")

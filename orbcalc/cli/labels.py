@@ -50,7 +50,7 @@ def label(
     from orbcalc.active.labelling import label_into_store, relabelled
     from orbcalc.config import DaskConfig, LabelConfig, parse_config
     from orbcalc.labels.label import Kind
-    from orbcalc.labels.reference import file_method, warn_of_electrons, warn_of_small_cells
+    from orbcalc.labels.reference import look_over
     from orbcalc.labels.store import LabelStore, read_sources
     from orbcalc.structures import structure_key
 
@@ -74,9 +74,7 @@ def label(
     wanted: dict[Kind, bool] = {"charges": charges, "reference": reference != "none"}
     kinds = tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
     atoms_list = read_sources(structures)
-    warn_of_electrons(atoms_list, config.reference)
-    warn_of_small_cells(atoms_list, config)
-    config = file_method(atoms_list, config)
+    config = look_over(atoms_list, config)
     labels = LabelStore(store or out.with_suffix(".db"))
     with (
         open_executor(DaskConfig(address=dask, model_workers=1)) as executor,

@@ -31,6 +31,7 @@ __all__ = [
     "contradiction",
     "file_method",
     "file_value",
+    "look_over",
     "reference_provenance",
     "refuse_unlike_copies",
     "wanted_quantities",
@@ -281,6 +282,19 @@ def refuse_unlike_copies(structures: Iterable[Atoms], config: LabelConfig) -> di
                     f"Leave one of them out."
                 )
     return unique
+
+
+def look_over(structures: Sequence[Atoms], config: LabelConfig) -> LabelConfig:
+    """Warn of what labels would not mean; returns the configuration with the method of files.
+
+    Raises
+    ------
+    LabelConflictError
+        See `file_method`.
+    """
+    warn_of_electrons(structures, config.reference)
+    warn_of_small_cells(structures, config)
+    return file_method(structures, config)
 
 
 def warn_of_electrons(structures: Iterable[Atoms], reference: ReferenceConfig) -> None:

@@ -356,9 +356,7 @@ def _refuse_other_run(config: TrainConfig, folder: Path) -> None:
     path, inputs, text = folder / "config.json", folder / _INPUTS, _portable(config, folder)
     if not any(folder.glob("member_*")):  # nothing was done that another one could spoil
         inputs.unlink(missing_ok=True)
-        replace_file(path, text)
-        return
-    if path.exists() and path.read_bytes() != text.encode():
+    elif path.exists() and path.read_bytes() != text.encode():
         raise CheckpointError(
             f"{folder} holds an unfinished training of another configuration. "
             f"Restore that configuration to go on, or delete the folder."
