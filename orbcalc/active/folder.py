@@ -115,21 +115,25 @@ class RunFolder:
             If the folder holds a run of another configuration, or of files that have changed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        text = dump_config(config)
         if not self.round(0).pool.exists():  # nothing was done that another one could spoil
-            write_text(self.config_file, text)
+            write_text(self.config_file, dump_config(config))
             return
-        if self.config_file.exists():
-            earlier = load_config(self.config_file, RunConfig)
-            if _outcome_relevant(earlier) != _outcome_relevant(config):
-                raise ConfigError(
-                    f"{self.path} holds a run of another configuration ({self.config_file}). "
-                    f"Choose another `output`, or go back to that configuration to resume it."
-                )
-        else:
-            write_text(self.config_file, text)
+        if not self.config_file.exists():
+            write_text(self.config_file, dump_config(config))
+        earlier = load_config(self.config_file, RunConfig)
         known = read_json(self.inputs) if self.inputs.exists() else {}
-        changed = changed_files(config.pool.files, known)
+        files, as_before = config.pool.files, earlier.pool.files
+        is_moved = files != as_before and len(known) == len(files)
+        if _outcome_relevant(earlier) != _outcome_relevant(config) or not (
+            is_moved or files == as_before
+        ):
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration ({self.config_file}). "
+                f"Choose another `output`, or go back to that configuration to resume it."
+            )
+        if is_moved:  # each must hold what the one at its place in the list held
+            known = dict(zip(map(str, files), known.values(), strict=True))
+        changed = changed_files(files, known)
         if changed:
             raise ConfigError(
                 f"{changed[0]} has changed since the run in {self.path} read it. Restore it to "
@@ -208,5 +212,8 @@ def _is_spoiled(text: str) -> bool:
 
 
 def _outcome_relevant(config: RunConfig) -> dict[str, Any]:
-    """Return what decides the outcome: not where tasks run, nor when the run ends."""
-    return config.model_dump(mode="json", exclude={"dask", "stop", "output", "device"})
+    """Return what decides the outcome: not where tasks run, where files lie, or when it ends."""
+    tree = config.model_dump(mode="json", exclude={"dask", "stop", "output", "device"})
+    for name in ("structures", "start"):
+        tree["pool"][name] = len(tree["pool"][name])
+    return tree

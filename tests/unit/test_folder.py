@@ -116,6 +116,31 @@ def test_a_run_does_not_go_on_with_a_changed_file(tmp_path: Path, name: str) -> 
     folder.prepare(config)
 
 
+def test_a_run_goes_on_where_it_and_its_files_were_moved(tmp_path: Path) -> None:
+    def config(folder: Path, name: str = "pool.xyz") -> RunConfig:
+        return RunConfig(output=folder / "run", pool=PoolConfig(structures=(folder / name,)))
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    write_pool(here / "pool.xyz", [water()])
+    folder = RunFolder(config(here).output)
+    folder.prepare(config(here))
+    read_inputs(config(here), folder)
+    write_structures(folder.round(0).pool, [water()])
+    here.rename(there)
+    moved = RunFolder(config(there).output)
+    moved.prepare(config(there))
+    write_pool(there / "other.xyz", [ethanol()])
+    with pytest.raises(ConfigError, match=r"other\.xyz has changed since the run"):
+        moved.prepare(config(there, "other.xyz"))
+    more = PoolConfig(structures=(there / "pool.xyz", there / "other.xyz"))
+    with pytest.raises(ConfigError, match="holds a run of another configuration"):
+        moved.prepare(config(there).model_copy(update={"pool": more}))
+    moved.inputs.unlink()  # then nothing tells whether the files are the same
+    with pytest.raises(ConfigError, match="holds a run of another configuration"):
+        moved.prepare(config(there))
+
+
 def test_files_that_no_run_could_begin_with_may_be_corrected(tmp_path: Path) -> None:
     path = write_pool(tmp_path / "pool.xyz", [water()])
     labels = LabelConfig(reference=ReferenceConfig(calculator="file"), forces=False)
