@@ -16,6 +16,7 @@ __all__ = [
     "ENERGY_UNCERTAINTY",
     "FORCES_INTERVAL_95",
     "FORCES_UNCERTAINTY",
+    "OWN_LABELS",
     "POOL_CERTIFIED",
     "POOL_FAILURE",
     "POOL_MODEL",
@@ -42,6 +43,13 @@ SPIN_KEY = "spin"
 REF_ENERGY = "REF_energy"
 REF_FORCES = "REF_forces"
 REF_STRESS = "REF_stress"
+
+#: What errors say where these are missing: ASE puts plain names into a calculator.
+OWN_LABELS = (
+    "Labels that files have under other names must be renamed: for `energy` and `forces` set "
+    f"atoms.info['{REF_ENERGY}'] = atoms.get_potential_energy() and "
+    f"atoms.arrays['{REF_FORCES}'] = atoms.get_forces(), and write the structures again."
+)
 
 #: Cheap labels (GFN1-xTB).
 XTB_ENERGY = "GFN1_energy"

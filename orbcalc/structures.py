@@ -48,6 +48,9 @@ _LONE_BOX = 6.0
 #: a structure that was written to one and read back has the same key.
 KEY_RESOLUTION = 1e-8
 
+#: What a calculator may begin from, and so end in another state.
+_INITIAL = ("initial_charges", "initial_magmoms")
+
 
 def read_structures(paths: str | Path | Iterable[str | Path]) -> list[Atoms]:
     """Read every structure of one or more files that ASE can read.
@@ -289,7 +292,8 @@ def structure_key(atoms: Atoms) -> str:
     """Return the content hash that names a structure in label stores.
 
     It covers elements, positions and cell (to 1e-8 Å), periodicity, charge and multiplicity,
-    in the given order of atoms; labels and other info do not change it.
+    and initial charges and magnetic moments that are not all zero, by which a calculator may
+    find another state, in the given order of atoms; labels and other info do not change it.
     """
     charge, multiplicity = charge_and_multiplicity(atoms)
     digest = hashlib.sha256()
@@ -302,6 +306,10 @@ def structure_key(atoms: Atoms) -> str:
         [charge, multiplicity],
     ):
         digest.update(np.asarray(array).astype("<i8").tobytes())
+    for name in _INITIAL:
+        values = np.rint(np.nan_to_num(atoms.arrays.get(name, 0.0)) / KEY_RESOLUTION)
+        if values.any():
+            digest.update(f"{name} {values.shape}".encode() + values.astype("<i8").tobytes())
     # ase.db refuses strings that read as numbers, as a few hexadecimal ones do: start with a letter
     return "s" + digest.hexdigest()[:31]
 

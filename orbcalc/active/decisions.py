@@ -182,8 +182,8 @@ def reason_to_end(
 ) -> str | None:
     """Say why a run ends with a look; None if it goes on.
 
-    Structures whose labels failed stay wrong: where they are more than may be, nothing can be
-    certified any more, unless the pool `grows`.
+    Unless the pool `grows`, it is over when all of it is labelled, and when more labels failed
+    than may: what failed stays wrong, and nothing can be certified any more.
     """
     # As of this look: a run that goes on after a kill may have labelled more already.
     labelled = look.n_labelled + look.n_failed + look.n_audit
@@ -193,9 +193,11 @@ def reason_to_end(
         return "max_rounds"
     if stop.max_labels is not None and labelled >= stop.max_labels:
         return "max_labels"
+    if grows:
+        return None
     if look.n_inference == look.n_audit:
         return "pool exhausted"
     lost = look.n_failed + look.n_audit_failed
-    if not grows and lost > (1 - options.accuracy) * look.n_pool + 1e-6:
+    if lost > (1 - options.accuracy) * look.n_pool + 1e-6:
         return "too many failed labels"
     return None

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from orbcalc.labels.reference import (
     refuse_unlike_copies,
     wanted_quantities,
 )
-from orbcalc.labels.store import LABEL_KEYS, LabelStore
+from orbcalc.labels.store import FILE_KEYS, LABEL_KEYS, METHOD_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key
 
 if TYPE_CHECKING:
@@ -107,20 +107,23 @@ def label(
         label_into_store(executor, structures, config, labels, progress=progress)
         keys = [structure_key(atoms) for atoms in structures]
         stored = labels.labelled_atoms(keys)
-        result = [relabelled(*pair) for pair in zip(structures, stored, strict=True)]
+        kinds = label_kinds(config)
+        result = [relabelled(*pair, kinds) for pair in zip(structures, stored, strict=True)]
         for key, atoms in zip(keys, result, strict=True):
-            for kind in label_kinds(config):
+            for kind in kinds:
                 atoms.info[f"{kind}_status"] = str(labels.status(key, kind) or "missing")
     return result
 
 
-def relabelled(atoms: Atoms, stored: Atoms) -> Atoms:
-    """Return a copy of a structure with the labels of a stored one in the place of its own."""
+def relabelled(atoms: Atoms, stored: Atoms, kinds: Collection[Kind]) -> Atoms:
+    """Return a copy of a structure with some labels of a stored one in the place of all its own."""
     copy: Atoms = atoms.copy()
+    left_out = {key for (kind, _), (_, key) in FILE_KEYS.items() if kind not in kinds}
+    left_out |= {key for kind, key in METHOD_KEYS.items() if kind not in kinds}
     for own, found in ((copy.info, stored.info), (copy.arrays, stored.arrays)):
         for name in LABEL_KEYS & own.keys():
             del own[name]
-        own.update({name: found[name] for name in LABEL_KEYS & found.keys()})
+        own.update({name: found[name] for name in (LABEL_KEYS - left_out) & found.keys()})
     return copy
 
 
@@ -217,7 +220,9 @@ def _missing(
     retry_failed: bool,
 ) -> dict[tuple[Kind, ...], list[Atoms]]:
     """Group structures by the labels that they lack, or that lack what is asked for now."""
-    unique = {structure_key(atoms): atoms for atoms in structures}
+    unique: dict[str, Atoms] = {}
+    for atoms in structures:
+        unique.setdefault(structure_key(atoms), atoms)
     groups: dict[tuple[Kind, ...], list[Atoms]] = {}
     for key, atoms in unique.items():
         needed = tuple(

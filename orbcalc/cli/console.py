@@ -17,6 +17,9 @@ _PLAIN: dict[str, bool] = {"markup": False, "highlight": False, "soft_wrap": Tru
 console = Console(stderr=True, **_PLAIN)  # type: ignore[arg-type]
 output = Console(**_PLAIN)  # type: ignore[arg-type]
 
+#: Names by which ASE knows an extxyz file.
+_EXTXYZ = (".extxyz", ".xyz")
+
 Dask = Annotated[
     str | None,
     typer.Option("--dask", metavar="ADDRESS", help="Scheduler to use instead of a LocalCluster."),
@@ -25,17 +28,15 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Configu
 
 
 def check_output(path: Path) -> None:
-    """Refuse a name of an extxyz file that belongs to a label store, which would be lost.
+    """Refuse a name by which an extxyz file would be read as something else, or replace it.
 
     Raises
     ------
     ConfigError
-        Saying which names do.
+        Saying which names serve.
     """
-    from orbcalc.labels.store import SUFFIXES
-
-    if path.suffix in SUFFIXES:
+    if path.suffix not in _EXTXYZ:
         raise ConfigError(
-            f"--output {path}: structures are written as extxyz, and names in "
-            f"{' or '.join(SUFFIXES)} are those of label stores. Name it .extxyz."
+            f"--output {path}: structures are written as extxyz, and read by their names. "
+            f"Name it {' or '.join(_EXTXYZ)}."
         )

@@ -92,7 +92,7 @@ def label(
     first = {structure_key(atoms): atoms for atoms in reversed(atoms_list)}
     keys = list(dict.fromkeys(structure_key(atoms) for atoms in atoms_list))
     stored = labels.labelled_atoms(keys)
-    done = [relabelled(first[key], atoms) for key, atoms in zip(keys, stored, strict=True)]
+    done = [relabelled(first[key], atoms, kinds) for key, atoms in zip(keys, stored, strict=True)]
     write_structures(out, done)
     print_census(labels.census())
     failed = sum(labels.status(key, kind) != "ok" for key in keys for kind in kinds)

@@ -52,6 +52,7 @@ def evaluate(
     from orbcalc.active.folder import write_structures
     from orbcalc.calculator import baseline_worker, open_model, predict
     from orbcalc.model.checkpoint import learned_charges
+    from orbcalc.properties import OWN_LABELS
     from orbcalc.results import with_results
     from orbcalc.training.dataset import LabelDataset
     from orbcalc.training.run import model_errors, read_labelled
@@ -72,7 +73,9 @@ def evaluate(
     names = ["energy"] + [name for name in learned if census[name]]
     errors = model_errors(committee, dataset, names, shares=True)
     if not errors:
-        raise OrbcalcError(f"no labels to compare with in {len(dataset)} structures: {census}")
+        raise OrbcalcError(
+            f"no labels to compare with in {len(dataset)} structures: {census}. {OWN_LABELS}"
+        )
     if out is not None:
         wanted = dict.fromkeys([*names, "forces", *charges])
         results = predict(committee, labelled, [*wanted], baseline="labels")

@@ -21,7 +21,14 @@ from orbcalc.config import LabelConfig, ReferenceConfig
 from orbcalc.errors import ConfigError, LabelConflictError, LabelError, MissingLabelError
 from orbcalc.labels.label import Label, Provenance, Values, attempt
 from orbcalc.labels.xtb import XTBSettings, xtb_provenance, xtb_values
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS, SPIN_KEY
+from orbcalc.properties import (
+    OWN_LABELS,
+    REF_ENERGY,
+    REF_FORCES,
+    REF_METHOD,
+    REF_STRESS,
+    SPIN_KEY,
+)
 from orbcalc.structures import charge_and_multiplicity, structure_key
 
 __all__ = [
@@ -189,7 +196,8 @@ def check_file_labels(structures: Sequence[Atoms], config: LabelConfig) -> None:
         raise MissingLabelError(
             f"the reference is 'file', but not all structures carry their labels ({census}; "
             f"structure {number}, {structures[number].get_chemical_formula()}, is the first "
-            f"without {FILE_KEYS[name]}). Add them, or switch that quantity off under labels."
+            f"without {FILE_KEYS[name]}). Add them, or switch that quantity off under labels. "
+            f"{OWN_LABELS}"
         )
 
 

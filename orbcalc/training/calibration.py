@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.special import stdtrit
 from torch import Tensor
 
 from orbcalc.graph import AtomGraph
@@ -48,6 +49,9 @@ _ATOM_REGULARISER = 1e-5
 
 #: Weight of the spread, in units of what makes it as large as the rigidity: the likeliest, too.
 _SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
+
+#: eV/Å: what is smaller in the label and in the prediction is zero by symmetry, and tells nothing.
+_NO_FORCE = 1e-4
 
 
 def calibrate(
@@ -97,7 +101,7 @@ def calibrate(
 class _HeldOut:
     """Errors of one quantity, and what is known of their size; zero for what is not."""
 
-    errors: Float[Tensor, "n n_components"]
+    errors: Float[Tensor, "n 1"]
     rigidity: Float[Tensor, "n 1"]
     spread: Float[Tensor, "n 1"]
 
@@ -108,7 +112,11 @@ class _HeldOut:
 def _held_out(
     committee: Committee, valid: LabelDataset, batch_size: int
 ) -> tuple[_HeldOut, _HeldOut]:
-    """Return those of energies, divided by the root of the number of atoms, and of forces."""
+    """Return those of energies, divided by the root of the number of atoms, and of forces.
+
+    Components of forces that are zero by symmetry are left out, as all those of lone atoms are:
+    every potential has them right.
+    """
     energies: list[tuple[Tensor, ...]] = []
     forces: list[tuple[Tensor, ...]] = []
     for graph, targets in on_device(valid, batch_size, committee.first):
@@ -121,13 +129,12 @@ def _held_out(
         )
         roots = graph.n_atoms_of_structure.double().sqrt()
         energies.append(tuple(_column(values, roots) / roots[:, None] for values in row))
-        has_neighbors = graph.mask.any(1, keepdim=True)
-        row = (
-            torch.where(has_neighbors, prediction.forces - targets.forces, torch.nan),
-            prediction.atom_rigidity,
-            prediction.forces_spread,
-        )
-        forces.append(tuple(_column(values, graph.numbers) for values in row))
+        is_none = (prediction.forces.abs() < _NO_FORCE) & (targets.forces.abs() < _NO_FORCE)
+        is_none |= ~graph.mask.any(1, keepdim=True)
+        errors = torch.where(is_none, torch.nan, prediction.forces - targets.forces)
+        of_atoms = (prediction.atom_rigidity, prediction.forces_spread)
+        scores = (_column(values, graph.numbers).repeat_interleave(3, 0) for values in of_atoms)
+        forces.append((errors.double().reshape(-1, 1), *scores))
     return _joined(energies), _joined(forces)
 
 
@@ -139,7 +146,7 @@ def _column(values: Tensor | None, like: Tensor) -> Tensor:
 def _joined(rows: Sequence[tuple[Tensor, ...]]) -> _HeldOut:
     """Join batches, without what has no error."""
     errors, rigidity, spread = (torch.cat(column) for column in zip(*rows, strict=True))
-    known = errors.isfinite().all(1)
+    known = errors.isfinite().squeeze(1)
     return _HeldOut(errors[known], rigidity[known], spread[known])
 
 
@@ -261,9 +268,17 @@ def _quantile(ratios: Tensor, share: float, *, unknown: float) -> float:
     """Return what a share of new ratios will not exceed, `unknown` without any.
 
     The rank has room for the number of ratios, as in split conformal prediction (Lei 2018,
-    1604.04173): that share of structures like these is covered on average, however few they are.
+    1604.04173), which covers that share on average. Fewer than 19 have no rank for 95 %: then
+    they are taken for normal, and Student's t times their RMS covers it; not less than the largest.
     """
     sizes = ratios[torch.isfinite(ratios)].abs().sort().values
-    rank = math.ceil((len(sizes) + 1) * share)
-    found = float(sizes[min(rank, len(sizes)) - 1]) if len(sizes) else 0.0
+    count = len(sizes)
+    if count == 0:
+        return unknown
+    rank = math.ceil((count + 1) * share)
+    if rank <= count:
+        found = float(sizes[rank - 1])
+    else:
+        student = float(stdtrit(count, (1 + share) / 2))
+        found = max(student * float(sizes.square().mean().sqrt()), float(sizes[-1]))
     return found if found > 0 else unknown

@@ -19,6 +19,7 @@ from orbcalc.errors import LabelError, MissingLabelError
 from orbcalc.graph import AtomGraph
 from orbcalc.orbitals import BLOCK_DIM
 from orbcalc.properties import (
+    OWN_LABELS,
     REF_ENERGY,
     REF_FORCES,
     REF_STRESS,
@@ -33,9 +34,9 @@ __all__ = ["LabelDataset", "Targets", "shells_of_elements"]
 
 #: File key and remedy of the labels of each task.
 _SOURCES = {
-    "energy": (REF_ENERGY, "orbcalc label --reference"),
-    "forces": (REF_FORCES, "orbcalc label --reference"),
-    "stress": (REF_STRESS, "orbcalc label --reference"),
+    "energy": (REF_ENERGY, "orbcalc label --reference METHOD"),
+    "forces": (REF_FORCES, "orbcalc label --reference METHOD"),
+    "stress": (REF_STRESS, "orbcalc label --reference METHOD"),
     "charges": (XTB_BLOCKS, "orbcalc label"),
     "xtb_energy": (XTB_ENERGY, "orbcalc label"),
     "xtb_forces": (XTB_FORCES, "orbcalc label"),
@@ -201,7 +202,7 @@ class LabelDataset:
         )
         raise MissingLabelError(
             f"{name} ({len(self)} structures) has labels for: {found}. {remedy}; "
-            f"or set `tasks: {{{missing[0]}: 0}}`."
+            f"or set `tasks: {{{missing[0]}: 0}}`. {OWN_LABELS}"
         )
 
 

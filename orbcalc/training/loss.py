@@ -13,7 +13,7 @@ from orbcalc.graph import AtomGraph
 from orbcalc.model.committee import CommitteePrediction
 from orbcalc.model.potential import Potential, Prediction
 from orbcalc.training.dataset import Targets
-from orbcalc.training.statistics import charge_targets
+from orbcalc.training.statistics import charge_targets, is_wild
 
 __all__ = [
     "ErrorSums",
@@ -251,5 +251,7 @@ def _spread(values: Tensor, *, centred: bool = False) -> float:
     values = values[torch.isfinite(values)]
     if len(values) == 0:
         return 1.0
+    values = values - values.median() if centred else values
+    values = values[~is_wild(values)]
     values = values - values.mean() if centred else values
     return max(float(values.pow(2).mean().sqrt()), 1e-4)

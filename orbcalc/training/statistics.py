@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
+from ase.symbols import Symbols
 from e3nn.o3 import Irreps
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,12 +28,22 @@ __all__ = [
     "fit_statistics",
     "given_energies",
     "is_lone_atom",
+    "is_wild",
 ]
 
 logger = logging.getLogger(__name__)
 
 #: A spread below this share of the largest one is taken for noise (e).
 _MIN_CHARGE_SCALE = 1e-3
+
+#: A number this many times as large as usual is an error of the label, if only a few are.
+_WILD, _FEW = 100.0, 0.01
+
+#: eV per atom: what is off by less may be rounding, where energies are exactly those of atoms.
+_MIN_WILD = 0.1
+
+#: Rounds of the fit that finds wild energies, and structures that it takes for each element.
+_REWEIGHTED, _ENOUGH = 20, 3
 
 
 def fit_statistics(
@@ -126,10 +137,60 @@ def fit_reference_energies(
     left = chosen & ~known
     rows = labelled & (counts[:, left].sum(1) > 0)
     if rows.any():
-        rest = (energies - counts @ solution)[rows, None]
-        fit = torch.linalg.lstsq(counts[rows][:, left], rest, driver="gelsd")
-        solution[left] = fit.solution[:, 0]
+        rest = (energies - counts @ solution)[rows]
+        wild = _wild_energies(counts[rows][:, left], rest)
+        _warn_of_wild(dataset, rows.nonzero()[wild, 0].tolist())
+        solution[left] = _least_squares(counts[rows][:, left][~wild], rest[~wild])
     return solution
+
+
+def is_wild(values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Tell which numbers are so large that they can only be wrong, as of an SCF gone astray.
+
+    They are a hundred times as large as the median of those that are not zero, and at most one in
+    a hundred is so (or a single one): a set of relaxed and of torn structures has none.
+    """
+    sizes = values.abs()
+    known = sizes[torch.isfinite(sizes) & (sizes > 0)]
+    if len(known) < 3:
+        return torch.zeros_like(values, dtype=torch.bool)
+    wild = sizes > _WILD * known.median()
+    return wild if int(wild.sum()) <= max(1, _FEW * len(values)) else torch.zeros_like(wild)
+
+
+def _wild_energies(
+    counts: Float[Tensor, "n n_elements"], energies: Float[Tensor, " n"]
+) -> Bool[Tensor, " n"]:
+    """Tell which energies are far from what all others say of such a composition."""
+    weights = torch.ones_like(energies)
+    left = energies
+    for _ in range(_REWEIGHTED):  # least absolute deviations, which a wild one does not bend
+        roots = weights.sqrt()
+        left = energies - counts @ _least_squares(counts * roots[:, None], energies * roots)
+        weights = 1 / left.abs().clamp_min(1e-3 * float(left.abs().median()) + 1e-9)
+    n_fitted = int(torch.linalg.matrix_rank(counts))
+    if len(energies) < _ENOUGH * n_fitted:  # a fit of few goes through most of them
+        return torch.zeros_like(energies, dtype=torch.bool)
+    left = left / counts.sum(1)
+    return is_wild(left) & (left.abs() > _MIN_WILD)
+
+
+def _least_squares(counts: Tensor, energies: Tensor) -> Float[Tensor, " n_elements"]:
+    solution: Tensor = torch.linalg.lstsq(counts, energies[:, None], driver="gelsd").solution
+    return solution[:, 0]
+
+
+def _warn_of_wild(dataset: LabelDataset, indices: list[int]) -> None:
+    if indices:
+        numbers = dataset.graphs[indices[0]].numbers.tolist()
+        logger.warning(
+            "energies of %d structures are a hundred times as far from what their elements come "
+            "to as is usual (the first: structure %d, %s). Reference energies are fitted without "
+            "them; correct the labels, or leave them out.",
+            len(indices),
+            indices[0],
+            Symbols(numbers).get_chemical_formula(),
+        )
 
 
 def charge_targets(
@@ -185,6 +246,7 @@ def _energy_scale(forces: Tensor, residuals: Tensor, n_atoms: Tensor) -> float:
     forces = forces[torch.isfinite(forces)]
     left = (residuals / n_atoms.sqrt())[torch.isfinite(residuals)]
     for values in (forces, left):
+        values = values[~is_wild(values)]
         if len(values) and (size := float(values.pow(2).mean().sqrt())) > 1e-6:
             return size
     return 1.0

@@ -24,7 +24,7 @@ from orbcalc.config import dump_config
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model, save_model
-from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS
+from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_ENERGY
 from orbcalc.results import results_of
 from orbcalc.structures import read_structures, structure_key
 from orbcalc.training.run import train
@@ -266,6 +266,22 @@ def test_label_refuses_copies_with_unlike_labels(cli: Cli, client: Client, here:
     assert "H2O is there twice, with unlike labels (energy)" in found.err
 
 
+def test_label_writes_no_labels_that_were_not_asked_for(
+    cli: Cli, client: Client, here: Path
+) -> None:
+    path = write_pool(here / "x.xyz", waters(2))
+    assert label(cli, client, path, "-o", "all.extxyz").code == 0
+    for name, option in (("cheap", ("--reference", "none")), ("dear", ("--no-charges",))):
+        out = here / f"{name}.extxyz"
+        assert label(cli, client, path, "-o", out, "--store", here / "all.db", *option).code == 0
+        atoms = ase.io.read(out)
+        assert ((REF_ENERGY in atoms.info), (XTB_ENERGY in atoms.info)) == (
+            name == "dear",
+            name == "cheap",
+        )
+        assert (XTB_BLOCKS in atoms.arrays) == (name == "cheap")
+
+
 def test_no_output_takes_the_place_of_a_label_store(
     cli: Cli, here: Path, model: Path, label_store: Path, labelled_file: Path
 ) -> None:
@@ -273,7 +289,7 @@ def test_no_output_takes_the_place_of_a_label_store(
     for arguments in (("label", labelled_file), ("evaluate", model, labelled_file)):
         found = cli(*arguments, "-o", label_store)
         assert found.code == 2
-        assert "names in .db or .aselmdb are those of label stores" in found.err
+        assert "Name it .extxyz or .xyz." in found.err
     assert label_store.read_bytes() == before
 
 

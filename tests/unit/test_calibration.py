@@ -9,7 +9,7 @@ import pytest
 import structures
 import torch
 from ase import Atoms
-from ase.build import molecule
+from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from conftest import MakePotential
 
@@ -18,7 +18,7 @@ from orbcalc.graph import AtomGraph
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
-from orbcalc.training.calibration import calibrate
+from orbcalc.training.calibration import _quantile, calibrate
 from orbcalc.training.dataset import LabelDataset
 
 
@@ -163,17 +163,30 @@ def test_what_tells_errors_counts(make_potential: MakePotential, telling: str) -
     assert correlation > 0.99
 
 
-def test_a_quantile_leaves_room_for_few(calibrated: Committee) -> None:
-    """The 95 % interval of 5 structures is the largest of their errors."""
-    raw = Committee([calibrated.first])
-    train, valid = rattled(raw, 12, 0.03), rattled(raw, 5, 0.05, error=0.2)
-    found = calibrate(raw, LabelDataset(train, 4.0), LabelDataset(valid, 4.0))
-    results = predict(found, valid)
-    errors = [abs(r["energy"] - a.info[REF_ENERGY]) for a, r in zip(valid, results, strict=True)]
-    ratios = sorted(e / r["energy_interval_95"] for e, r in zip(errors, results, strict=True))
-    assert ratios[-1] == pytest.approx(1.0)
-    ratios = sorted(e / r["energy_uncertainty"] for e, r in zip(errors, results, strict=True))
-    assert ratios[4] == pytest.approx(1.0)  # rank ⌈6 x 0.68⌉ = 5 of 5
+@pytest.mark.parametrize("n_held_out", [1, 2, 3, 5, 10, 18, 19, 40])
+def test_few_held_out_cover_what_is_said(n_held_out: int) -> None:
+    """Of normal errors, on average over what is held out."""
+    draws = torch.as_tensor(np.random.default_rng(n_held_out).normal(size=(4000, n_held_out + 1)))
+    for share in (0.6827, 0.95):
+        limits = [_quantile(row[:-1], share, unknown=1.0) for row in draws]
+        covered = (draws[:, -1].abs() <= torch.tensor(limits)).double().mean()
+        assert share - 0.02 < covered < max(share, 1 - 1 / (n_held_out + 1)) + 0.05
+
+
+def test_forces_that_symmetry_forbids_tell_nothing(make_potential: MakePotential) -> None:
+    """Strained perfect crystals held out beside rattled ones do not make it sure of forces."""
+    raw = Committee([make_potential("none", seed=0)])
+    train, valid = rattled(raw, 12, 0.03), rattled(raw, 20, 0.05, error=0.2)
+    perfect = [bulk("C", "diamond", a) for a in np.linspace(3.4, 3.8, 60)]
+    for atoms in perfect:
+        atoms.info[REF_ENERGY] = predict(raw, [atoms])[0]["energy"]
+        atoms.arrays[REF_FORCES] = np.zeros((2, 3))
+    expected, found = (
+        calibrate(raw, LabelDataset(train, 4.0), LabelDataset(held_out, 4.0)).calibration
+        for held_out in (valid, [*valid, *perfect])
+    )
+    assert found.forces == pytest.approx(expected.forces, rel=1e-6)
+    assert found.forces_95 == pytest.approx(expected.forces_95, rel=1e-6)
 
 
 def test_a_supercell_is_as_uncertain_as_its_cells(calibrated: Committee) -> None:

@@ -336,6 +336,7 @@ def test_reasons_come_in_order() -> None:
     lost = audit_look(PoolCounts(30, 0, 10), np.zeros(20, dtype=bool), look=1,
                       failed=np.ones(20, dtype=bool), **terms)  # fmt: skip
     assert reason_to_end(lost, StopConfig(), rules) == "pool exhausted"
+    assert reason_to_end(lost, StopConfig(), rules, grows=True) is None
 
 
 @pytest.mark.parametrize(("n_failed", "reason"), [(10, None), (11, "too many failed labels")])

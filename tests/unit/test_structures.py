@@ -186,18 +186,42 @@ def excite(atoms):
     atoms.info["spin"] = 3
 
 
+def magnetise(atoms):
+    atoms.set_initial_magnetic_moments([1.0, -1.0, 0, 0, 0, 0])
+
+
+def magnetise_alike(atoms):
+    atoms.set_initial_magnetic_moments([1.0, 1.0, 0, 0, 0, 0])
+
+
+def shift_charge(atoms):
+    atoms.set_initial_charges([1.0, -1.0, 0, 0, 0, 0])
+
+
 def transmute(atoms):
     atoms.numbers[0] = 16
 
 
-@pytest.mark.parametrize(
-    "change", [move, permute, stretch, open_one_direction, charge, excite, transmute]
-)
-def test_the_key_notices(change):
+CHANGES = [
+    move, permute, stretch, open_one_direction, charge, excite, magnetise, magnetise_alike,
+    shift_charge, transmute,
+]  # fmt: skip
+
+
+def test_the_key_notices():
+    """Each change has a key of its own."""
+    keys = {structure_key(structures.ice_cell())}
+    for change in CHANGES:
+        atoms = structures.ice_cell()
+        change(atoms)
+        keys.add(structure_key(atoms))
+    assert len(keys) == 1 + len(CHANGES)
+
+
+def test_moments_of_zero_change_no_key():
     atoms = structures.ice_cell()
-    key = structure_key(atoms)
-    change(atoms)
-    assert structure_key(atoms) != key
+    atoms.set_initial_magnetic_moments(np.zeros(6))
+    assert structure_key(atoms) == structure_key(structures.ice_cell())
 
 
 def test_the_box_around_a_molecule_is_not_its_content():

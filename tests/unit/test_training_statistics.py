@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from orbcalc.errors import ConfigError
 from orbcalc.orbitals import BLOCK_DIM, SLOTS
 from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_SHELLS
 from orbcalc.training.dataset import LabelDataset
-from orbcalc.training.statistics import charge_targets, fit_statistics
+from orbcalc.training.statistics import charge_targets, fit_statistics, is_wild
 
 CONFIG = PotentialConfig(cutoff=4.0, channels=8, l_max=2)
 LONE = {1: -13.0, 6: -1030.0, 8: -2040.0}
@@ -73,6 +75,28 @@ def test_without_any_energy_they_are_zero() -> None:
     found = fit_statistics(LabelDataset([molecule("H2O")], 4.0), CONFIG)
     assert found.reference_energies.tolist() == [0.0, 0.0]
     assert found.energy_scale == 1.0
+
+
+def test_a_wild_energy_bends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    rng = np.random.default_rng(0)
+    names = ("H2O", "CH4", "CH3OH", "C2H6", "H2CO", "CO2") * 4
+    usual = [additive(name, more=rng.normal()) for name in names]
+    expected = fit_statistics(LabelDataset(usual[:-1], 4.0), CONFIG)
+    assert not caplog.text
+    usual[-1].info[REF_ENERGY] += 1000.0
+    found = fit_statistics(LabelDataset(usual, 4.0), CONFIG)
+    torch.testing.assert_close(found.reference_energies, expected.reference_energies)
+    assert found.energy_scale == pytest.approx(expected.energy_scale, rel=0.1)
+    assert "(the first: structure 23, CO2)" in caplog.text
+
+
+def test_a_torn_structure_among_relaxed_ones_is_not_wild() -> None:
+    sizes = torch.tensor([0.01] * 30 + [5.0] * 20)
+    assert not is_wild(sizes).any()
+    assert not is_wild(torch.tensor([0.0] * 97 + [1.0, 2.0, 3.0])).any()
+    one = torch.tensor([0.0] * 60 + [1.0, -2.0, 3.0, -1000.0])
+    assert is_wild(one).nonzero().tolist() == [[63]]
 
 
 def test_one_composition_alone_has_a_finite_fit() -> None:
