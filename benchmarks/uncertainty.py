@@ -32,10 +32,9 @@ from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
 from orbcalc.structures import read_structures
 from orbcalc.training.calibration import calibrate
-from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.run import train
 from orbcalc.training.statistics import charge_targets
-from orbcalc.training.trainer import on_device
 
 console = Console(soft_wrap=True, highlight=False)
 

@@ -32,6 +32,7 @@ __all__ = [
     "read_structures",
     "refuse_overlap",
     "structure_key",
+    "unique_structures",
     "warn_of_unseen_electrons",
 ]
 
@@ -312,6 +313,14 @@ def structure_key(atoms: Atoms) -> str:
             digest.update(f"{name} {values.shape}".encode() + values.astype("<i8").tobytes())
     # ase.db refuses strings that read as numbers, as a few hexadecimal ones do: start with a letter
     return "s" + digest.hexdigest()[:31]
+
+
+def unique_structures(structures: Iterable[Atoms]) -> dict[str, Atoms]:
+    """Return the first of each structure by its key, in their order."""
+    found: dict[str, Atoms] = {}
+    for atoms in structures:
+        found.setdefault(structure_key(atoms), atoms)
+    return found
 
 
 def charge_and_multiplicity(atoms: Atoms) -> tuple[int, int]:

@@ -144,6 +144,12 @@ ARMS: dict[str, Arm] = {
         ("charges", *_ENERGY),
         pool=True,
     ),
+    "13": Arm(
+        "surrogate Δ + blocks of the pool, difference by a process",
+        {**_xtb("baseline", True), "energy_head": "process"},
+        ("charges", *_ENERGY),
+        pool=True,
+    ),
     "12f": Arm("surrogate Δ + forces of the pool", _xtb("baseline", False), _FORCES, pool=True),
     "12bf": Arm(
         "surrogate Δ + blocks and forces of the pool",
@@ -157,5 +163,5 @@ ARMS: dict[str, Arm] = {
 FAMILIES = {
     "charges of the labelled structures": ("1", "2", "3", "4", "5", "6", "9", "10"),
     "cheap labels of the pool": ("1", "7", "9p", "8", "8b", "8f", "8bf"),
-    "on top of GFN1-xTB": ("1", "11", "11b", "11p", "12", "12b", "12f", "12bf"),
+    "on top of GFN1-xTB": ("1", "11", "11b", "11p", "12", "12b", "12f", "12bf", "13"),
 }

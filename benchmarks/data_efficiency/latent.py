@@ -26,9 +26,9 @@ from orbcalc.files import replace_file, write_json
 from orbcalc.model.potential import Potential
 from orbcalc.properties import REF_ENERGY, XTB_BLOCKS, XTB_ENERGY
 from orbcalc.report.style import new_figure, png, set_legend, set_title, style_axes
-from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.statistics import fit_statistics
-from orbcalc.training.trainer import Trainer, on_device
+from orbcalc.training.trainer import Trainer
 
 console = Console(soft_wrap=True, highlight=False)
 

@@ -27,9 +27,9 @@ from orbcalc.files import read_json, replace_file, write_json
 from orbcalc.model.potential import Potential
 from orbcalc.properties import REF_ENERGY
 from orbcalc.structures import structure_key
-from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.statistics import charge_targets, fit_statistics
-from orbcalc.training.trainer import Trainer, on_device
+from orbcalc.training.trainer import Trainer
 
 __all__ = ["Run", "Settings", "perform"]
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from orbcalc.config import RunConfig, dump_config, load_config
 from orbcalc.errors import ConfigError
 from orbcalc.files import append_json, changed_files, read_json, write_text
-from orbcalc.structures import read_structures, structure_key
+from orbcalc.structures import read_structures, unique_structures
 
 __all__ = ["RoundFiles", "RunFolder", "bare", "write_structures"]
 
@@ -123,10 +123,9 @@ class RunFolder:
         earlier = load_config(self.config_file, RunConfig)
         known = read_json(self.inputs) if self.inputs.exists() else {}
         files, as_before = config.pool.files, earlier.pool.files
-        is_moved = files != as_before and len(known) == len(files)
-        if _outcome_relevant(earlier) != _outcome_relevant(config) or not (
-            is_moved or files == as_before
-        ):
+        is_moved = files != as_before
+        is_other = _outcome_relevant(earlier) != _outcome_relevant(config)
+        if is_other or (is_moved and len(known) != len(files)):
             raise ConfigError(
                 f"{self.path} holds a run of another configuration ({self.config_file}). "
                 f"Choose another `output`, or go back to that configuration to resume it."
@@ -154,9 +153,7 @@ class RunFolder:
 
         Each structure is there once, and bare.
         """
-        found: dict[str, Atoms] = {}
-        for atoms in self.arrivals(n_rounds):
-            found.setdefault(structure_key(atoms), atoms)
+        found = unique_structures(self.arrivals(n_rounds))
         return {key: bare(atoms) for key, atoms in found.items()}
 
     def event(self, name: str, **details: Any) -> dict[str, Any]:

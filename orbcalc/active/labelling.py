@@ -28,7 +28,7 @@ from orbcalc.labels.reference import (
     wanted_quantities,
 )
 from orbcalc.labels.store import FILE_KEYS, LABEL_KEYS, METHOD_KEYS, LabelStore
-from orbcalc.structures import check_structure, structure_key
+from orbcalc.structures import check_structure, structure_key, unique_structures
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -220,11 +220,8 @@ def _missing(
     retry_failed: bool,
 ) -> dict[tuple[Kind, ...], list[Atoms]]:
     """Group structures by the labels that they lack, or that lack what is asked for now."""
-    unique: dict[str, Atoms] = {}
-    for atoms in structures:
-        unique.setdefault(structure_key(atoms), atoms)
     groups: dict[tuple[Kind, ...], list[Atoms]] = {}
-    for key, atoms in unique.items():
+    for key, atoms in unique_structures(structures).items():
         needed = tuple(
             kind for kind in kinds if _is_missing(key, atoms, kind, config, store, retry_failed)
         )

@@ -14,7 +14,14 @@ from ase import Atoms
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RoundFiles, write_structures
 from orbcalc.active.quantities import expected_error
-from orbcalc.config import PotentialConfig, RunConfig, TrainConfig, dump_config, load_config
+from orbcalc.config import (
+    PROCESS_LABELS,
+    PotentialConfig,
+    RunConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+)
 from orbcalc.errors import ConfigError, MissingLabelError, OrbcalcError, StructureError
 from orbcalc.files import append_json, write_text
 from orbcalc.labels.store import LabelStore
@@ -80,7 +87,10 @@ def write_training_set(
         tasks=config.tasks,
         optimizer=config.optimizer,
         start_from=start_from and Path(os.path.relpath(start_from, files.folder)),
-    ).resolved(cheap_only=config.pool.charges)  # in all rounds alike, so that they go on training
+    ).resolved(  # in all rounds alike, as long as labels are few, so that they go on training
+        cheap_only=config.pool.charges,
+        few_energies=len(labelled) <= PROCESS_LABELS and config.pool.md is None,
+    )
     write_text(files.train, dump_config(training))
 
 

@@ -28,11 +28,11 @@ def _check_run(config: RunConfig) -> None:
     from orbcalc.active.inputs import Inputs, check_inputs
     from orbcalc.labels.process import WorkerProcess, label_structure
     from orbcalc.labels.store import read_sources
-    from orbcalc.structures import structure_key
+    from orbcalc.structures import unique_structures
 
     source = config.pool
     read, starts = read_sources(source.structures), read_sources(source.start)
-    structures = list({structure_key(atoms): atoms for atoms in read}.values())
+    structures = list(unique_structures(read).values())
     output.print(f"pool: {len(structures)} structures from files, {len(starts)} to start MD from")
     if config.certificate.by_audit:
         md = source.md

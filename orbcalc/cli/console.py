@@ -28,7 +28,7 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Configu
 
 
 def check_output(path: Path) -> None:
-    """Refuse a name by which an extxyz file would be read as something else, or replace it.
+    """Refuse names that an extxyz file must not have: those of other formats, of label stores too.
 
     Raises
     ------

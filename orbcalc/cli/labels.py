@@ -52,7 +52,7 @@ def label(
     from orbcalc.labels.label import Kind
     from orbcalc.labels.reference import look_over
     from orbcalc.labels.store import LabelStore, read_sources
-    from orbcalc.structures import structure_key
+    from orbcalc.structures import unique_structures
 
     if reference == "none" and not charges:
         raise ConfigError("nothing to label: --reference none and --no-charges")
@@ -89,14 +89,13 @@ def label(
             retry_failed=retry_failed,
             progress=progress,
         )
-    first = {structure_key(atoms): atoms for atoms in reversed(atoms_list)}
-    keys = list(dict.fromkeys(structure_key(atoms) for atoms in atoms_list))
-    stored = labels.labelled_atoms(keys)
-    done = [relabelled(first[key], atoms, kinds) for key, atoms in zip(keys, stored, strict=True)]
+    unique = unique_structures(atoms_list)
+    stored = zip(unique.values(), labels.labelled_atoms([*unique]), strict=True)
+    done = [relabelled(atoms, with_labels, kinds) for atoms, with_labels in stored]
     write_structures(out, done)
     print_census(labels.census())
-    failed = sum(labels.status(key, kind) != "ok" for key in keys for kind in kinds)
-    output.print(f"{len(keys)} structures -> {out} (labels kept in {labels.path})")
+    failed = sum(labels.status(key, kind) != "ok" for key in unique for kind in kinds)
+    output.print(f"{len(unique)} structures -> {out} (labels kept in {labels.path})")
     if failed:
         failures = Text(f"{failed} labels failed, now or before", "yellow")
         console.print(

@@ -19,6 +19,7 @@ from orbcalc.config.run import (
 )
 from orbcalc.config.training import (
     PRESETS,
+    PROCESS_LABELS,
     REFERENCE_TASKS,
     OptimizerConfig,
     PotentialConfig,
@@ -27,7 +28,7 @@ from orbcalc.config.training import (
 )
 
 __all__ = [
-    "PRESETS", "REFERENCE_TASKS",
+    "PRESETS", "PROCESS_LABELS", "REFERENCE_TASKS",
     "CertificateConfig", "DaskConfig", "LabelConfig", "MDConfig", "OptimizerConfig", "PoolConfig",
     "PotentialConfig", "ReferenceConfig", "RunConfig", "SelectionConfig", "StopConfig",
     "TaskWeights", "TrainConfig", "dump_config", "load_config", "parse_config",

@@ -219,6 +219,10 @@ class RunConfig(StrictModel):
         ):
             if task in self.tasks.active and not getattr(self.labels, labels):
                 raise ValueError(f"tasks.{task} has weight, but labels.{labels} is false")
+        if self.potential.energy_head == "process" and not self.labels.charges:
+            raise ValueError(
+                "potential.energy_head: process needs GFN1-xTB labels, but labels.charges is false"
+            )
         if self.potential.xtb_head not in (None, "none") and not self.labels.charges:
             raise ValueError(
                 f"potential.xtb_head: {self.potential.xtb_head} learns GFN1-xTB energies, but "

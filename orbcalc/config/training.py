@@ -9,7 +9,14 @@ from pydantic import Field, model_validator
 
 from orbcalc.config.base import Paths, StrictModel
 
-__all__ = ["PRESETS", "OptimizerConfig", "PotentialConfig", "TaskWeights", "TrainConfig"]
+__all__ = [
+    "PRESETS",
+    "PROCESS_LABELS",
+    "OptimizerConfig",
+    "PotentialConfig",
+    "TaskWeights",
+    "TrainConfig",
+]
 
 
 # ------------------------------------------------------------------------------- model
@@ -20,6 +27,10 @@ PRESETS: dict[str, dict[str, int]] = {
     "large": {"channels": 64, "message_l_max": 2, "message_channels": 16},
 }
 _PRESET: Literal["medium"] = "medium"
+
+
+#: Energies up to which a process is the default; docs/data-efficiency.md has the measurements.
+PROCESS_LABELS = 1_000
 
 
 class PotentialConfig(StrictModel):
@@ -72,6 +83,15 @@ class PotentialConfig(StrictModel):
         "are trained on, or if tasks.xtb_energy or tasks.xtb_forces has weight, otherwise none",
     )
 
+    energy_head: Literal["network", "process"] | None = Field(
+        default=None,
+        description="what the energy, or its difference from the learned GFN1-xTB energy, is made "
+        "of; network: trained with all else; process: a Gaussian process on features that cheap "
+        "labels alone have taught, fitted in closed form, which serves few labels best and needs "
+        "xtb_head: baseline; default: process where cheap labels teach, no forces are learned and "
+        f"there are at most {PROCESS_LABELS:,} energies, otherwise network",
+    )
+
     @property
     def learns_xtb_energy(self) -> bool:
         """Whether there is a head for the GFN1-xTB energy."""
@@ -90,6 +110,20 @@ class PotentialConfig(StrictModel):
             raise ValueError(
                 f"baseline: {self.baseline} is computed and xtb_head: baseline is learned: one "
                 f"energy cannot have both. Leave one of them out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _features_from_cheap_labels(self) -> PotentialConfig:
+        if self.energy_head == "process" and self.xtb_head not in (None, "baseline"):
+            raise ValueError(
+                f"energy_head: process learns what is left above a learned GFN1-xTB energy, but "
+                f"xtb_head is {self.xtb_head}. Leave it out, or choose xtb_head: baseline."
+            )
+        if self.energy_head == "process" and self.baseline != "none":
+            raise ValueError(
+                f"energy_head: process has a learned GFN1-xTB energy below it, and baseline: "
+                f"{self.baseline} a computed one. Leave one of them out."
             )
         return self
 
@@ -162,6 +196,18 @@ class TaskWeights(StrictModel):
         ):
             if task in self.active and getattr(potential, head) == "none":
                 raise ValueError(f"tasks.{task} has weight, but potential.{head} is none")
+        if potential.energy_head == "process":
+            if self.reference != ("energy",):
+                raise ValueError(
+                    f"potential.energy_head: process is fitted to energies alone, but tasks learn "
+                    f"{' and '.join(self.reference) or 'none'}: give tasks.energy a weight and "
+                    f"set tasks.forces and tasks.stress to 0, or choose energy_head: network"
+                )
+            if self.xtb_energy == 0:
+                raise ValueError(
+                    "potential.energy_head: process needs a learned GFN1-xTB energy below it, but "
+                    "tasks.xtb_energy is 0"
+                )
         if self.stress and potential.baseline != "none":
             raise ValueError(
                 f"tasks.stress has weight, but labels of potential.baseline: {potential.baseline} "
@@ -250,21 +296,29 @@ class TrainConfig(StrictModel):
             )
         return self
 
-    def resolved(self, *, cheap_only: bool) -> TrainConfig:
-        """Decide what was left to the structures: the head for the GFN1-xTB energy, its weights.
+    def resolved(self, *, cheap_only: bool, few_energies: bool = False) -> TrainConfig:
+        """Decide what was left to the structures: both heads for energies, and weights.
 
         Parameters
         ----------
         cheap_only
             Whether there are structures with a GFN1-xTB energy and no reference label.
+        few_energies
+            Whether there are so few energies that a process serves them best, and all that it
+            needs.
         """
         potential, tasks = self.potential, self.tasks
         if potential.xtb_head is None:
-            asked_for = tasks.xtb_energy or tasks.xtb_forces
+            asked_for = tasks.xtb_energy or tasks.xtb_forces or potential.energy_head == "process"
             wanted = asked_for or (cheap_only and tasks.xtb_energy != 0)
             learned = "baseline" if potential.baseline == "none" else "task"
             head = learned if wanted else "none"
             potential = potential.model_copy(update={"xtb_head": head})
+        if potential.energy_head is None:
+            suits = few_energies and cheap_only and tasks.reference == ("energy",)
+            is_process = suits and potential.xtb_head == "baseline" and tasks.xtb_energy != 0
+            head = "process" if is_process else "network"
+            potential = potential.model_copy(update={"energy_head": head})
         weights = {"xtb_energy": 0.0, "xtb_forces": 0.0}
         if potential.learns_xtb_energy:
             energy = 1.0 if tasks.forces else _CHEAP_WEIGHT_WITHOUT_FORCES

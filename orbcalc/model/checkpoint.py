@@ -99,7 +99,7 @@ def load_model(
         for number, member in enumerate(content["members"]):
             start = f"{number}."
             weights = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-            _check_sizes(member["config"], weights)
+            _check_sizes(member, weights)
             potential = potential_from(member, dtype)
             load_weights(potential, weights)
             members.append(potential.to(device).requires_grad_(False).eval())
@@ -135,6 +135,7 @@ def potential_content(potential: Potential) -> dict[str, Any]:
         "xtb_energy_scale": potential.xtb_energy_scale,
         "neighbor_scale": potential.backbone.neighbor_scale,
         "n_charge_components": potential.n_charge_components,
+        "n_inducing": potential.n_inducing,
     }
 
 
@@ -165,6 +166,7 @@ def potential_from(content: Mapping[str, Any], dtype: torch.dtype) -> Potential:
         neighbor_scale=float(content["neighbor_scale"]),
         charge_shift=torch.zeros(len(elements), width),
         charge_scale=torch.ones(len(elements), width),
+        n_inducing=int(content.get("n_inducing", 0)),
     )
     shells = {int(z): tuple(map(int, shells)) for z, shells in content["shells"].items()}
     with torch.random.fork_rng(devices=[]):
@@ -177,14 +179,17 @@ def load_weights(potential: Potential, weights: Mapping[str, Tensor]) -> None:
     potential.load_state_dict(dict(weights), strict=True)
 
 
-def _check_sizes(content: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+def _check_sizes(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Refuse sizes that the weights do not have, before memory is taken for them."""
-    config = parse_config(content, PotentialConfig, source="model file")
+    config = parse_config(content["config"], PotentialConfig, source="model file")
     n_shown = config.message_l_max + 1
     mixed = config.radial_functions * config.message_channels * n_shown
-    shapes: dict[str, tuple[int, ...]] = {
-        "energy_head.hidden.weight": (config.channels, config.channels)
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.energy_head == "process":
+        shapes["energy_head.factor"] = (content["n_inducing"],) * 2
+        shapes["energy_head.size"] = ((config.layers + 1) * config.channels,)
+    else:
+        shapes["energy_head.hidden.weight"] = (config.channels, config.channels)
     for layer in range(config.layers):
         start = f"backbone.densities.{layer}"
         shapes[f"{start}.radial.first.weight"] = (config.radial_hidden, config.radial_functions)

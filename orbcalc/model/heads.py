@@ -31,6 +31,11 @@ class EnergyHead(nn.Module):
         nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(channels))
         nn.init.normal_(self.readout.weight, std=0.3 / math.sqrt(channels))
 
+    @property
+    def n_last(self) -> int:
+        """Number of components of an atom's last layer."""
+        return self.readout.in_features
+
     def forward(self, features: NodeFeatures) -> Float[Tensor, " n_atoms"]:
         """Evaluate the energies."""
         energy: Tensor = self.readout(self.last_layer(features)).squeeze(-1)

@@ -16,6 +16,7 @@ from orbcalc.graph import AtomGraph
 from orbcalc.model.backbone import PART_ATOMS, Backbone, NodeFeatures
 from orbcalc.model.derivatives import forces_and_stress
 from orbcalc.model.heads import EnergyHead, InvariantChargeHead, OrbitalBlockHead
+from orbcalc.model.process import ProcessHead
 from orbcalc.orbitals import SLOTS, diagonal_basis, shell_slots
 
 __all__ = ["Potential", "Prediction", "Statistics"]
@@ -41,6 +42,8 @@ class Statistics:
     """Size of one atom's GFN1-xTB energy beyond that, eV."""
     told: Bool[Tensor, " n_elements"] | None = None
     """Whose reference energies are known, from labels or as given; None for all."""
+    n_inducing: int = 0
+    """Atoms that the process of `energy_head: process` is represented by, once it is fitted."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Potential(nn.Module):
         self.backbone = Backbone(config, len(self.elements), statistics.neighbor_scale)
         #: What is called in its place for systems that are not worked on in parts.
         self.compiled_backbone: Callable[..., NodeFeatures] | None = None
-        self.energy_head = EnergyHead(config.channels, config.layers)
+        self.energy_head: EnergyHead | ProcessHead = EnergyHead(config.channels, config.layers)
         self.xtb_energy_scale = statistics.xtb_energy_scale
         self.xtb_head = None
         if config.learns_xtb_energy:
@@ -129,14 +132,15 @@ class Potential(nn.Module):
                 statistics.charge_shift,
                 statistics.charge_scale,
             )
-        n_last = self.energy_head.readout.in_features + len(self.elements)
-        self.register_buffer("whitening", torch.zeros(n_last, n_last))
-        self.register_buffer("atom_whitening", torch.zeros(n_last, n_last))
         told = torch.ones(len(self.elements), dtype=torch.bool)
         self.register_buffer("told", told if statistics.told is None else statistics.told)
         diagonal = torch.as_tensor(diagonal_basis(), dtype=torch.float64)
         self.register_buffer("diagonal", diagonal, persistent=False)
         self.to(dtype)
+        if config.energy_head == "process":  # float64 always
+            sizes = config.channels, config.layers
+            self.energy_head = ProcessHead(*sizes, statistics.n_inducing)
+        self.forget_rigidity()
         # Total energies of heavy atoms take more digits than float32 has.
         self._reference_energies = statistics.reference_energies.double()
         xtb = statistics.xtb_reference_energies
@@ -149,6 +153,13 @@ class Potential(nn.Module):
         """Floating-point type of the weights."""
         return self.backbone.elements.weight.dtype
 
+    def forget_rigidity(self) -> None:
+        """Make room for the whitenings of the last layer as it is now; they are zero."""
+        n_last = self.energy_head.n_last + len(self.elements)
+        like = self.backbone.elements.weight
+        for name in ("whitening", "atom_whitening"):
+            self.register_buffer(name, like.new_zeros(n_last, n_last))
+
     @property
     def knows_rigidity(self) -> bool:
         """Whether the potential can tell how sure it is; see `training.calibration`."""
@@ -158,6 +169,12 @@ class Potential(nn.Module):
     def n_charge_components(self) -> int:
         """Number of components that the charge head predicts for an atom; 0 without one."""
         return 0 if self.charge_head is None else self.charge_head.get_buffer("shift").shape[1]
+
+    @property
+    def n_inducing(self) -> int:
+        """Number of atoms that the process is represented by; 0 before it is fitted."""
+        head = self.energy_head
+        return head.n_last if isinstance(head, ProcessHead) else 0
 
     @property
     def reference_energies(self) -> Float[Tensor, " n_elements"]:
@@ -223,7 +240,7 @@ class Potential(nn.Module):
             found = self._charges(nodes, elements, graph) if with_charges else {}
             if "rigidity" in properties:
                 found |= self._rigidity(nodes, elements, graph)
-            atomic = self.energy_head(nodes).double() * self.energy_scale
+            atomic = self._own_energies(nodes, elements) * self.energy_scale
             wants_xtb = self.config.xtb_head == "baseline" or "xtb_energy" in properties
             if self.xtb_head is not None and (wants_xtb or xtb_forces):
                 xtb = self.xtb_head(nodes).double() * self.xtb_energy_scale
@@ -269,12 +286,23 @@ class Potential(nn.Module):
                     f"Use a potential that was trained on {symbol}."
                 )
 
+    def _own_energies(
+        self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"]
+    ) -> Float[Tensor, " n_atoms"]:
+        head = self.energy_head
+        found: Tensor = head(nodes, elements) if isinstance(head, ProcessHead) else head(nodes)
+        return found.double()
+
     def _last_layer(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"]
     ) -> Float[Tensor, "n_atoms n_last"]:
-        last = self.energy_head.last_layer(nodes)
+        head = self.energy_head
+        if isinstance(head, ProcessHead):
+            last = head.last_layer(nodes, elements)
+        else:
+            last = head.last_layer(nodes)
         kinds = nn.functional.one_hot(elements, len(self.elements)).to(last)
-        return torch.cat([last, kinds], dim=-1)
+        return torch.cat([last, kinds], dim=-1).to(self.dtype)
 
     def _rigidity(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph

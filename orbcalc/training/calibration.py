@@ -33,8 +33,7 @@ from torch import Tensor
 from orbcalc.graph import AtomGraph
 from orbcalc.model.committee import Calibration, Committee, joined_score
 from orbcalc.model.potential import Potential, Prediction
-from orbcalc.training.dataset import LabelDataset, Targets
-from orbcalc.training.trainer import on_device
+from orbcalc.training.dataset import LabelDataset, Targets, on_device
 
 __all__ = ["calibrate"]
 
@@ -203,7 +202,8 @@ def _mean_products(
     device = potential.element_index.device
     products = torch.zeros(2, n_last, n_last, dtype=torch.float64, device=device)
     counts = products.new_zeros(2)
-    for graph, targets, _, last in _last_layers(potential, train, batch_size):
+    told = train.labelled(["energy", "forces"])
+    for graph, targets, _, last in _last_layers(potential, train, batch_size, told):
         labelled = torch.isfinite(targets.energy)
         means = graph.sum_over_atoms(last) / graph.n_atoms_of_structure[:, None]
         forces_known = torch.isfinite(targets.forces).all(1)
@@ -215,10 +215,13 @@ def _mean_products(
 
 
 def _last_layers(
-    potential: Potential, dataset: LabelDataset, batch_size: int
+    potential: Potential,
+    dataset: LabelDataset,
+    batch_size: int,
+    among: Sequence[int] | None = None,
 ) -> Iterator[tuple[AtomGraph, Targets, Prediction, Float[Tensor, "n_atoms n_last"]]]:
     """Go through a data set with the energies and last layers that a potential finds."""
-    for graph, targets in on_device(dataset, batch_size, potential):
+    for graph, targets in on_device(dataset, batch_size, potential, among):
         with torch.no_grad():
             prediction = potential(graph, ("energy", "last_layer"))
         assert prediction.last_layer is not None

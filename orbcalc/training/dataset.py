@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 from orbcalc.config import TaskWeights
 from orbcalc.errors import LabelError, MissingLabelError
 from orbcalc.graph import AtomGraph
+from orbcalc.model.potential import Potential
 from orbcalc.orbitals import BLOCK_DIM
 from orbcalc.properties import (
     OWN_LABELS,
@@ -30,7 +31,7 @@ from orbcalc.properties import (
 )
 from orbcalc.structures import check_structure, has_volume
 
-__all__ = ["LabelDataset", "Targets", "shells_of_elements"]
+__all__ = ["LabelDataset", "Targets", "on_device", "shells_of_elements"]
 
 #: File key and remedy of the labels of each task.
 _SOURCES = {
@@ -174,10 +175,13 @@ class LabelDataset:
         graph = AtomGraph.batch([self.graphs[i] for i in chosen])
         return graph, Targets.batch([self.targets[i] for i in chosen])
 
-    def batches(self, size: int) -> Iterable[tuple[AtomGraph, Targets]]:
-        """Go through all structures in order."""
-        for start in range(0, len(self), size):
-            yield self.batch(range(start, min(start + size, len(self))))
+    def batches(
+        self, size: int, among: Sequence[int] | None = None
+    ) -> Iterable[tuple[AtomGraph, Targets]]:
+        """Go through all structures, or some of them, in order."""
+        chosen = range(len(self)) if among is None else among
+        for start in range(0, len(chosen), size):
+            yield self.batch(chosen[start : start + size])
 
     def census(self) -> dict[str, int]:
         """Count the structures that carry each label."""
@@ -204,6 +208,15 @@ class LabelDataset:
             f"{name} ({len(self)} structures) has labels for: {found}. {remedy}; "
             f"or set `tasks: {{{missing[0]}: 0}}`. {OWN_LABELS}"
         )
+
+
+def on_device(
+    dataset: LabelDataset, size: int, potential: Potential, among: Sequence[int] | None = None
+) -> Iterator[tuple[AtomGraph, Targets]]:
+    """Go through a data set, or some of it, in batches, on the device of a potential."""
+    device = potential.element_index.device
+    for graph, targets in dataset.batches(size, among):
+        yield graph.to(device), targets.to(device)
 
 
 def shells_of_elements(atoms: Atoms) -> dict[int, tuple[int, ...]]:

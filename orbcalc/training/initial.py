@@ -41,6 +41,8 @@ def initial_potential(
 ) -> Potential:
     """Return the potential that the training of a member begins with.
 
+    One with a fitted process has learned its features, which stay.
+
     Parameters
     ----------
     config
@@ -76,6 +78,8 @@ def initial_potential(
             potential = committee.members[member]
             assert isinstance(potential, Potential)
             before = metadata.get("labels", {}).get("reference")
+            if potential.config.energy_head == "process":  # its energies will be fitted again
+                return potential
             if _takes_over(potential, config, train_set, before, method):
                 return potential.requires_grad_(True).train()
         logger.warning("%s does not fit the training set: starting afresh", config.start_from)
@@ -87,7 +91,8 @@ def initial_potential(
 
 def _sizes(config: PotentialConfig) -> dict[str, Any]:
     """Return an architecture without the name that it may have."""
-    return config.model_dump(exclude={"preset"})
+    head = config.energy_head or "network"
+    return config.model_dump(exclude={"preset"}) | {"energy_head": head}
 
 
 def _takes_over(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from orbcalc.config import REFERENCE_TASKS, TrainConfig
+from orbcalc.config import PROCESS_LABELS, REFERENCE_TASKS, TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, LabelConflictError
 from orbcalc.files import (
     Fingerprints,
@@ -47,10 +47,10 @@ from orbcalc.properties import (
 )
 from orbcalc.structures import charge_and_multiplicity, hold_out, structure_key
 from orbcalc.training.calibration import calibrate
-from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.initial import initial_potential
 from orbcalc.training.loss import ErrorSums, active_properties
-from orbcalc.training.trainer import Trainer, on_device, resolve_device
+from orbcalc.training.trainer import Trainer, resolve_device
 
 __all__ = [
     "finish_training",
@@ -339,10 +339,13 @@ def _without(structures: list[Atoms], valid: list[Atoms]) -> list[Atoms]:
 
 def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
     """Decide what the configuration leaves to the structures."""
+    n_energies = sum(REF_ENERGY in atoms.info for atoms in sets.train)
     return config.resolved(
         cheap_only=any(
             XTB_ENERGY in atoms.info and not _has_reference(atoms) for atoms in sets.train
-        )
+        ),
+        few_energies=0 < n_energies <= PROCESS_LABELS
+        and any(XTB_ENERGY in atoms.info for atoms in sets.valid),
     )
 
 

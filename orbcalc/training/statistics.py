@@ -29,6 +29,7 @@ __all__ = [
     "given_energies",
     "is_lone_atom",
     "is_wild",
+    "is_wild_energy",
 ]
 
 logger = logging.getLogger(__name__)
@@ -158,21 +159,24 @@ def is_wild(values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
     return wild if int(wild.sum()) <= max(1, _FEW * len(values)) else torch.zeros_like(wild)
 
 
+def is_wild_energy(left: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Tell which energies, in eV per atom beyond reference energies, can only be wrong."""
+    return is_wild(left) & (left.abs() > _MIN_WILD)
+
+
 def _wild_energies(
     counts: Float[Tensor, "n n_elements"], energies: Float[Tensor, " n"]
 ) -> Bool[Tensor, " n"]:
     """Tell which energies are far from what all others say of such a composition."""
+    if len(energies) < _ENOUGH * int(torch.linalg.matrix_rank(counts)):
+        return torch.zeros_like(energies, dtype=torch.bool)  # a fit of few goes through most
     weights = torch.ones_like(energies)
     left = energies
     for _ in range(_REWEIGHTED):  # least absolute deviations, which a wild one does not bend
         roots = weights.sqrt()
         left = energies - counts @ _least_squares(counts * roots[:, None], energies * roots)
         weights = 1 / left.abs().clamp_min(1e-3 * float(left.abs().median()) + 1e-9)
-    n_fitted = int(torch.linalg.matrix_rank(counts))
-    if len(energies) < _ENOUGH * n_fitted:  # a fit of few goes through most of them
-        return torch.zeros_like(energies, dtype=torch.bool)
-    left = left / counts.sum(1)
-    return is_wild(left) & (left.abs() > _MIN_WILD)
+    return is_wild_energy(left / counts.sum(1))
 
 
 def _least_squares(counts: Tensor, energies: Tensor) -> Float[Tensor, " n_elements"]:

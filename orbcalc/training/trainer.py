@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from ase.data import chemical_symbols
 
 from orbcalc.config import TaskWeights, TrainConfig
 from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
-from orbcalc.graph import AtomGraph
 from orbcalc.model.potential import Potential
-from orbcalc.training.dataset import LabelDataset, Targets
+from orbcalc.training.dataset import LabelDataset, Targets, on_device
 from orbcalc.training.loss import (
     ErrorSums,
     LossScales,
@@ -26,9 +25,10 @@ from orbcalc.training.loss import (
     multitask_loss,
     on_labelled_baseline,
 )
+from orbcalc.training.process import fit_process
 from orbcalc.training.state import TrainState
 
-__all__ = ["Report", "Trainer", "evaluate", "on_device", "resolve_device"]
+__all__ = ["Report", "Trainer", "evaluate", "resolve_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,32 +78,38 @@ class Trainer:
                 f"the validation set has {symbols}, which no training structure has. Add some to "
                 f"the training set, or leave them out."
             )
+        self.is_process = config.potential.energy_head == "process"
+        #: What is learned in steps: all tasks, or the cheap ones, if a process learns the energy.
+        tasks = config.tasks.model_copy(update={"energy": 0.0} if self.is_process else {})
         census = valid.census()
-        if not any(getattr(config.tasks, task) > 0 and count for task, count in census.items()):
+        if not any(getattr(tasks, task) > 0 and count for task, count in census.items()):
             raise MissingLabelError(
                 f"the validation set ({len(valid)} structures) has no label of any task with "
                 f"weight ({census}): the best weights could not be told. Label it, or leave "
                 f"`valid` out."
             )
         self.train, self.valid, self.config, self.seed = train, valid, config, seed
+        self.tasks = tasks
         self.state_path, self.report = state_path, report
         self.device = resolve_device(config.device)
-        self.properties = active_properties(config.tasks)
-        reference = train.labelled(config.tasks.reference)
-        cheap = sorted({*train.labelled(config.tasks.active)} - {*reference})
+        self.properties = active_properties(tasks)
+        reference = train.labelled(tasks.reference)
+        cheap = sorted({*train.labelled(tasks.active)} - {*reference})
         options = config.optimizer
         #: What the structures of a step are drawn from, and how many from each.
         self.sources = [(reference, options.batch_size), (cheap, options.cheap_batch_size)]
         if not reference:
-            self.sources = [(cheap, options.batch_size)]
+            more = options.cheap_batch_size if self.is_process else 0
+            self.sources = [(cheap, options.batch_size + more)]
 
     def fit(self, make_potential: Callable[[], Potential]) -> Potential:
-        """Train, or go on training, to the last step or an early stop.
+        """Train, or go on training, to the last step or an early stop; then fit a process.
 
         Parameters
         ----------
         make_potential
-            Gives the potential to begin with, where there is no saved state.
+            Gives the potential to begin with, where there is no saved state. One that has a
+            fitted process is not trained: its process is fitted again.
 
         Raises
         ------
@@ -115,10 +121,11 @@ class Trainer:
             state = TrainState.load(self.state_path, options, self.device)
             logger.info("going on from step %d of %s", state.step, self.state_path)
         else:
-            state = TrainState.start(make_potential().to(self.device), options)
-        scales = LossScales(
-            state.potential, self.train.graphs, self.train.targets, self.config.tasks
-        )
+            potential = make_potential().to(self.device)
+            if potential.n_inducing > 0:
+                return self._with_process(potential)
+            state = TrainState.start(potential, options)
+        scales = self._scales(state.potential, self.tasks)
         saved = time.monotonic()
         while state.step < options.steps and not self._is_over(state):
             self._step(state, scales)
@@ -129,7 +136,22 @@ class Trainer:
             if self.state_path is not None:
                 state.save(self.state_path)
                 saved = time.monotonic()
-        return state.result()
+        potential = state.result()
+        return self._with_process(potential) if self.is_process else potential
+
+    def _with_process(self, potential: Potential) -> Potential:
+        """Fit the process to the energies; features stay as they are."""
+        fit_process(potential, self.train, self.config.reference_energies)
+        tasks, options = self.config.tasks, self.config.optimizer
+        scales = self._scales(potential, tasks)
+        loss, errors = evaluate(potential, self.valid, tasks, scales, options.batch_size)
+        if self.report is not None:
+            steps = options.steps
+            self.report({"step": steps, "valid_loss": loss, **errors, "steps": steps})
+        return potential
+
+    def _scales(self, potential: Potential, tasks: TaskWeights) -> LossScales:
+        return LossScales(potential, self.train.graphs, self.train.targets, tasks)
 
     def _is_over(self, state: TrainState) -> bool:
         patience = self.config.optimizer.patience
@@ -147,7 +169,7 @@ class Trainer:
             if state.potential.config.xtb_head == "baseline":
                 prediction = on_labelled_baseline(prediction, targets)
             loss, terms = multitask_loss(
-                state.potential, prediction, graph, targets, self.config.tasks, scales, counts
+                state.potential, prediction, graph, targets, self.tasks, scales, counts
             )
             if not math.isfinite(sum(terms.values())):
                 raise CheckpointError(
@@ -198,7 +220,7 @@ class Trainer:
 
     def _validate(self, state: TrainState, scales: LossScales) -> None:
         loss, errors = evaluate(
-            state.averaged, self.valid, self.config.tasks, scales, self.config.optimizer.batch_size
+            state.averaged, self.valid, self.tasks, scales, self.config.optimizer.batch_size
         )
         if not math.isfinite(loss):
             raise CheckpointError(
@@ -232,15 +254,6 @@ def evaluate(
         weight += graph.n_structures
         sums.add(potential, prediction, graph, targets)
     return total / weight, sums.result()
-
-
-def on_device(
-    dataset: LabelDataset, size: int, potential: Potential
-) -> Iterator[tuple[AtomGraph, Targets]]:
-    """Go through a data set in batches, on the device of a potential."""
-    device = potential.element_index.device
-    for graph, targets in dataset.batches(size):
-        yield graph.to(device), targets.to(device)
 
 
 def resolve_device(name: str) -> torch.device:

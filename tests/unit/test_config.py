@@ -327,6 +327,65 @@ def test_the_gfn1_energy_is_learned_where_it_pays(
     assert again.resolved(cheap_only=not cheap_only) == resolved
 
 
+@pytest.mark.parametrize(
+    ("given", "few", "head"),
+    [
+        ({"tasks": {"forces": 0}}, True, "process"),
+        ({"tasks": {"forces": 0}}, False, "network"),
+        ({}, True, "network"),
+        ({"tasks": {"forces": 0, "energy": 0}}, True, "network"),
+        ({"tasks": {"forces": 0, "xtb_energy": 0}}, True, "network"),
+        ({"tasks": {"forces": 0}, "potential": {"xtb_head": "task"}}, True, "network"),
+        ({"tasks": {"forces": 0}, "potential": {"baseline": "GFN1-xTB"}}, True, "network"),
+        ({"tasks": {"forces": 0}, "potential": {"energy_head": "network"}}, True, "network"),
+        ({"tasks": {"forces": 0}, "potential": {"energy_head": "process"}}, False, "process"),
+    ],
+)
+def test_a_process_is_fitted_where_it_pays(given: dict[str, object], few: bool, head: str) -> None:
+    config = parse_config(TRAIN | given, TrainConfig, source="a test")
+    resolved = config.resolved(cheap_only=True, few_energies=few)
+    assert resolved.potential.energy_head == head
+    if head == "process":
+        assert resolved.potential.xtb_head == "baseline"
+    again = parse_config(resolved.model_dump(mode="json"), TrainConfig, source="a test")
+    assert again.resolved(cheap_only=True, few_energies=not few) == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"potential": {"energy_head": "process"}}, "learn energy and forces"),
+        (
+            {"potential": {"energy_head": "process"}, "tasks": {"forces": 0, "energy": 0}},
+            "learn none",
+        ),
+        (
+            {"potential": {"energy_head": "process"}, "tasks": {"forces": 0, "xtb_energy": 0}},
+            r"tasks\.xtb_energy is 0",
+        ),
+        (
+            {
+                "potential": {"energy_head": "process", "xtb_head": "task"},
+                "tasks": {"forces": 0},
+            },
+            "xtb_head is task",
+        ),
+        (
+            {
+                "potential": {"energy_head": "process", "baseline": "GFN1-xTB"},
+                "tasks": {"forces": 0},
+            },
+            "a computed one",
+        ),
+    ],
+)
+def test_a_process_that_could_not_be_fitted_is_refused(
+    given: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(TRAIN | given, TrainConfig, source="a test")
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "0.1e-2", ".1e-2", "1.0e-3"])
 def test_numbers_with_exponents_are_numbers(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"

@@ -1,0 +1,227 @@
+"""Fit the process of `energy_head: process`: the difference from GFN1-xTB, in closed form.
+
+With the features of atoms fixed, the difference is a Gaussian process plus a sum over elements
+(Rasmussen & Williams 2006, Gaussian Processes for Machine Learning, section 2.7), observed with a
+noise whose variance grows with the number of atoms. Its size is that of the highest marginal
+likelihood.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from orbcalc.errors import MissingLabelError
+from orbcalc.model.potential import Potential
+from orbcalc.model.process import ProcessHead
+from orbcalc.training.dataset import LabelDataset, on_device
+from orbcalc.training.statistics import (
+    fit_reference_energies,
+    given_energies,
+    is_lone_atom,
+    is_wild_energy,
+)
+
+__all__ = ["fit_process"]
+
+logger = logging.getLogger(__name__)
+
+#: Atoms that represent the process, and those that they are chosen from.
+N_INDUCING, _CANDIDATES = 1_000, 10_000
+
+#: Inducing atoms stop where all others are known that well (a variance, of 1).
+_KNOWN = 1e-4
+
+#: Width of the kernel, in units of the RMS distance of an atom from the mean in one layer. The
+#: likeliest one is no better: docs/data-efficiency.md has the measurements.
+_WIDTH = 2.8
+
+#: Variances of the noise, in units of that of the process.
+_NOISES = tuple(10.0 ** (power / 2) for power in range(-16, 1))
+
+#: Prior variance of energies of elements, in units of that of the process: wide.
+_WIDE = 1e4
+
+_BATCH_SIZE = 32
+
+
+class _Observed(NamedTuple):
+    """What the process is fitted to: structures, and the features of their atoms."""
+
+    left: Float[Tensor, " n"]
+    """Differences that reference energies leave, eV."""
+    counts: Float[Tensor, "n n_elements"]
+    features: Float[Tensor, "n_atoms n_features"]
+    elements: Int[Tensor, " n_atoms"]
+    owners: Int[Tensor, " n_atoms"]
+
+
+def fit_process(
+    potential: Potential,
+    dataset: LabelDataset,
+    reference_energies: Mapping[str, float] | None = None,
+) -> None:
+    """Fit the energy head and the reference energies of a potential to energies.
+
+    Energies that can only be wrong are left out.
+
+    Parameters
+    ----------
+    potential
+        Trained on cheap labels, with a `ProcessHead` and a GFN1-xTB energy.
+    dataset
+        Structures; only those with an energy count.
+    reference_energies
+        Energy of each lone atom by symbol, eV; default: of labelled lone atoms, and fitted.
+
+    Raises
+    ------
+    MissingLabelError
+        If no structure but lone atoms has an energy.
+    """
+    differences = _differences(potential, dataset)
+    counts, is_told = dataset.element_counts, differences.isfinite()
+    told = counts[is_told].sum(0) > 0
+    is_lone = torch.tensor([is_lone_atom(graph) for graph in dataset.graphs])
+    fixed = counts[is_lone & is_told].sum(0) > 0
+    below = potential.xtb_reference_energies.cpu()
+    if reference_energies is None:
+        shift = fit_reference_energies(dataset, differences)
+    else:
+        shift = given_energies(reference_energies, dataset.elements) - below
+        told = fixed = torch.ones_like(told)
+    left = differences - counts @ shift
+    chosen = (is_told & ~is_lone & ~is_wild_energy(left / counts.sum(1))).nonzero()[:, 0].tolist()
+    if not chosen:
+        raise MissingLabelError(
+            "no structure of the training set, lone atoms apart, has an energy: energy_head: "
+            "process has nothing to be fitted to. Label some (`orbcalc label --reference METHOD`)."
+        )
+    potential.energy_head, correction = _fitted(
+        potential, _observed(potential, dataset, chosen, left), free=told & ~fixed
+    )
+    potential.forget_rigidity()
+    potential.reference_energies = below + shift + correction
+    potential.told = told.to(potential.told.device)
+
+
+def _differences(potential: Potential, dataset: LabelDataset) -> Float[Tensor, " n_structures"]:
+    """Return energies less those of GFN1-xTB, NaN for none.
+
+    Without a label of the latter the learned one is taken.
+    """
+    found = torch.full((len(dataset),), torch.nan, dtype=torch.float64)
+    labelled = dataset.labelled(["energy"])
+    rows = []
+    for graph, targets in on_device(dataset, _BATCH_SIZE, potential, labelled):
+        with torch.no_grad():
+            learned = potential(graph, ("xtb_energy",)).xtb_energy
+        known = targets.xtb_energy.isfinite()
+        rows.append(targets.energy - torch.where(known, targets.xtb_energy, learned))
+    if rows:
+        found[labelled] = torch.cat(rows).cpu()
+    return found
+
+
+def _observed(
+    potential: Potential, dataset: LabelDataset, chosen: list[int], left: Tensor
+) -> _Observed:
+    features, elements = [], []
+    for graph, _ in on_device(dataset, _BATCH_SIZE, potential, chosen):
+        kinds = potential.element_index[graph.numbers]
+        with torch.no_grad():
+            nodes = potential.backbone(graph.edge_vectors().to(potential.dtype), kinds, graph, 0)
+        features.append(ProcessHead.features(nodes).cpu())
+        elements.append(kinds.cpu())
+    counts = dataset.element_counts[chosen]
+    owners = torch.arange(len(chosen)).repeat_interleave(counts.sum(1).long())
+    return _Observed(left[chosen], counts, torch.cat(features), torch.cat(elements), owners)
+
+
+def _fitted(
+    potential: Potential, observed: _Observed, free: Bool[Tensor, " n_elements"]
+) -> tuple[ProcessHead, Float[Tensor, " n_elements"]]:
+    """Return the head, and what to add to the energies of elements that are free."""
+    channels = potential.config.channels
+    head = ProcessHead(channels, potential.config.layers)
+    centre = observed.features.mean(0)
+    spread = (observed.features - centre).unflatten(1, (-1, channels)).square().sum(2).mean(0)
+    size = _WIDTH * torch.where(spread > 0, spread, 1.0).sqrt().repeat_interleave(channels)
+    chosen = _inducing((observed.features - centre) / size, observed.elements)
+    head.place(centre, size, observed.features[chosen], observed.elements[chosen])
+    kernels = torch.zeros(len(observed.left), len(chosen), dtype=torch.float64)
+    for part in torch.arange(len(observed.owners)).split(_CANDIDATES):
+        kernel = head.compared(observed.features[part], observed.elements[part])
+        kernels.index_add_(0, observed.owners[part], kernel)
+    roots = observed.counts.sum(1).sqrt()
+    functions = kernels @ head.factor / roots[:, None]
+    unit = functions.square().sum(1).mean().sqrt()
+    of_elements = math.sqrt(_WIDE) * observed.counts[:, free] / roots[:, None]
+    columns = torch.cat([functions / unit, of_elements], dim=1)
+    solution = _solution(columns, observed.left / roots)
+    head.weights = solution[: len(chosen)] / (unit * potential.energy_scale)
+    correction = torch.zeros(len(free), dtype=torch.float64)
+    correction[free] = math.sqrt(_WIDE) * solution[len(chosen) :]
+    return head.to(potential.element_index.device), correction
+
+
+def _solution(columns: Float[Tensor, "n m"], values: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+    """Return the mean of weights of unit variance a priori, with the likeliest noise.
+
+    The variance of all, of which that of the noise is a share, is the likeliest one as well.
+    """
+    u, s, vh = torch.linalg.svd(columns, full_matrices=False)
+    projected, n = u.T @ values, len(values)
+    beside = (values.square().sum() - projected.square().sum()).clamp_min(0.0)
+    evidence = []
+    for noise in _NOISES:
+        variances = s.square() + noise
+        square = (projected.square() / variances).sum() + beside / noise
+        logarithms = variances.log().sum() + (n - len(s)) * math.log(noise)
+        evidence.append(float(-0.5 * (n * square.log() + logarithms)))
+    noise = _NOISES[evidence.index(max(evidence))]
+    logger.info("process: noise %.1e of its variance", noise)
+    found: Tensor = vh.T @ (s / (s.square() + noise) * projected)
+    return found
+
+
+def _inducing(
+    features: Float[Tensor, "n_atoms n_features"], elements: Int[Tensor, " n_atoms"]
+) -> Int[Tensor, " n_inducing"]:
+    """Choose atoms one by one, each time the one that those chosen say the least about.
+
+    This is a pivoted Cholesky decomposition of the kernel, element by element.
+
+    Parameters
+    ----------
+    features
+        In units of the width.
+    elements
+        By index.
+    """
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    candidates = order[:_CANDIDATES]
+    groups = [candidates[elements[candidates] == kind] for kind in elements.unique()]
+    groups = [group for group in groups if len(group)]
+    unknown = [features.new_ones(len(group)) for group in groups]
+    lower = [features.new_empty(min(N_INDUCING, len(group)), len(group)) for group in groups]
+    ranks, tops, chosen = [0] * len(groups), [1.0] * len(groups), list[Tensor]()
+    while len(chosen) < N_INDUCING and max(tops, default=0.0) > _KNOWN:
+        number = max(range(len(groups)), key=tops.__getitem__)
+        own, left, known = features[groups[number]], unknown[number], lower[number][: ranks[number]]
+        pivot = int(left.argmax())
+        kernel = (-(own - own[pivot]).square().sum(1) / 2).exp()
+        column = (kernel - known[:, pivot] @ known) / left[pivot].sqrt()
+        lower[number][ranks[number]] = column
+        unknown[number] = (left - column.square()).clamp_min(0.0)
+        unknown[number][pivot] = 0.0
+        ranks[number] += 1
+        tops[number] = float(unknown[number].max())
+        chosen.append(groups[number][pivot])
+    return torch.stack(chosen)

@@ -1,0 +1,258 @@
+"""The Gaussian process above a learned GFN1-xTB energy: its head, and its fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import structures
+import torch
+from ase import Atoms
+from conftest import MakePotential
+
+from orbcalc.errors import CheckpointError, MissingLabelError
+from orbcalc.graph import AtomGraph
+from orbcalc.model import process as process_module
+from orbcalc.model.archive import read_archive, write_archive
+from orbcalc.model.checkpoint import load_model, save_model
+from orbcalc.model.committee import Committee
+from orbcalc.model.potential import Potential
+from orbcalc.model.process import ProcessHead
+from orbcalc.properties import REF_ENERGY, XTB_ENERGY
+from orbcalc.testing import assert_consistent, assert_derivatives, assert_equivariant
+from orbcalc.training import process as fit_module
+from orbcalc.training.calibration import calibrate
+from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.process import fit_process
+
+CUTOFF = 4.0
+OPTIONS = {"xtb_head": "baseline", "energy_head": "process"}
+
+
+def waters(n: int, seed: int = 0) -> list[Atoms]:
+    """Return bent and stretched molecules of water with both energies, eV."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n):
+        atoms = structures.water()
+        atoms.positions += rng.normal(scale=0.08, size=(3, 3))
+        atoms.info[XTB_ENERGY] = -150.0
+        atoms.info[REF_ENERGY] = -2000.0 + difference(atoms)
+        found.append(atoms)
+    return found
+
+
+def difference(atoms: Atoms) -> float:
+    """Return a smooth function of the bond lengths, eV."""
+    return float(np.sum(3.0 * (atoms.get_distances(0, [1, 2]) - 1.0) ** 2)) - 150.0
+
+
+def data(atoms: list[Atoms], potential: Potential) -> LabelDataset:
+    """Return structures of some of the elements of a potential."""
+    dataset = LabelDataset(atoms, CUTOFF)
+    dataset.elements = [*potential.elements]
+    return dataset
+
+
+def energies(potential: Potential, dataset: LabelDataset) -> torch.Tensor:
+    with torch.no_grad():
+        return potential(AtomGraph.batch(dataset.graphs)).energy
+
+
+def labels(dataset: LabelDataset) -> torch.Tensor:
+    return torch.cat([targets.energy for targets in dataset.targets])
+
+
+def quiet_baseline(potential: Potential) -> Potential:
+    """Let the learned GFN1-xTB energy be that of the labels of `waters`."""
+    assert potential.xtb_head is not None
+    potential.xtb_head.readout.weight.data.zero_()
+    potential._xtb_reference_energies.zero_()
+    potential._xtb_reference_energies[list(potential.elements).index(8)] = -150.0
+    return potential
+
+
+@pytest.fixture
+def unfitted(make_potential: MakePotential) -> Potential:
+    """A potential whose process is still to be fitted."""
+    return quiet_baseline(make_potential(**OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def fitted(make_potential: MakePotential, labelled: list[Atoms]) -> Potential:
+    """One that was fitted to everything labelled: molecules, ions, radicals, crystals."""
+    potential = make_potential(**OPTIONS)
+    fit_process(potential, LabelDataset(labelled, CUTOFF))
+    assert potential.n_inducing > 20
+    return potential
+
+
+@pytest.mark.parametrize(
+    "make",
+    [structures.chiral, structures.ammonium, structures.nitric_oxide, structures.ice_cell],
+)
+def test_it_has_the_symmetries_and_derivatives_of_a_potential(
+    fitted: Potential, make: Callable[[], Atoms]
+) -> None:
+    atoms = make()
+    atoms.rattle(0.05, seed=3)
+    assert_equivariant(fitted, atoms)
+    assert_derivatives(fitted, atoms)
+
+
+def test_a_batch_and_a_supercell_change_nothing(fitted: Potential) -> None:
+    assert_consistent(fitted, [structures.rock_salt(), structures.water(), structures.ice_cell()])
+
+
+def test_before_the_fit_the_energy_is_the_learned_gfn1_energy(unfitted: Potential) -> None:
+    graph = AtomGraph.from_atoms(structures.water(), CUTOFF)
+    found = unfitted(graph, ("energy", "xtb_energy"))
+    above = unfitted.reference_energies - unfitted.xtb_reference_energies
+    shift = above[unfitted.element_index[graph.numbers]].sum()
+    torch.testing.assert_close(found.energy, found.xtb_energy + shift)
+
+
+def test_lone_atoms_keep_their_reference_energies(fitted: Potential) -> None:
+    lone = structures.lone_atom("O")
+    energy = fitted(AtomGraph.from_atoms(lone, CUTOFF)).energy
+    expected = fitted.reference_energies[fitted.element_index[8]]
+    torch.testing.assert_close(energy, expected[None], rtol=0, atol=1e-9)
+
+
+def test_large_systems_are_worked_on_in_parts(
+    fitted: Potential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = AtomGraph.from_atoms(structures.ice_cell(), CUTOFF)
+    whole = fitted(graph, ("energy", "forces"))
+    monkeypatch.setattr(process_module, "PART_ATOMS", 2)
+    parts = fitted(graph, ("energy", "forces"))
+    torch.testing.assert_close(parts.energy, whole.energy)
+    torch.testing.assert_close(parts.forces, whole.forces)
+
+
+def test_it_learns_what_few_labels_tell(unfitted: Potential) -> None:
+    fit_process(unfitted, data(waters(60), unfitted))
+    others = data(waters(40, seed=1), unfitted)
+    errors = energies(unfitted, others) - labels(others)
+    assert errors.square().mean().sqrt() < 0.5 * labels(others).std()
+
+
+def test_it_is_the_mean_of_the_gaussian_process(
+    unfitted: Potential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all atoms inducing, against the textbook's formula with the kernel of structures."""
+    noise = 1e-3
+    monkeypatch.setattr(fit_module, "_NOISES", (noise,))
+    monkeypatch.setattr(fit_module, "_KNOWN", 0.0)
+    dataset = data(waters(8), unfitted)
+    fit_process(unfitted, dataset)
+    head = unfitted.energy_head
+    assert isinstance(head, ProcessHead)
+    assert head.n_last == 24
+    graph = AtomGraph.batch(dataset.graphs)
+    kinds = unfitted.element_index[graph.numbers]
+    with torch.no_grad():
+        nodes = unfitted.backbone(graph.edge_vectors(), kinds, graph, 0)
+    features = (head.features(nodes) - head.centre) / head.size
+    lone = (-head.centre / head.size).expand_as(features)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (-torch.cdist(a, b).square() / 2).exp() * (kinds[:, None] == kinds)
+
+    atoms = kernel(features, features) - kernel(features, lone)
+    atoms = atoms - kernel(lone, features) + kernel(lone, lone)
+    k = atoms.reshape(8, 3, 8, 3).sum((1, 3)) / 3  # of structures, over roots of their sizes
+    k = k / k.diagonal().mean()
+    constant = 1e4 * torch.full_like(k, (2**2 + 1) / 3)  # two hydrogen atoms and an oxygen atom
+    y = (labels(dataset) - labels(dataset).mean()) / 3**0.5
+    mean = (k + constant) @ torch.linalg.solve(k + constant + noise * torch.eye(8), y)
+    found = (energies(unfitted, dataset) - labels(dataset).mean()) / 3**0.5
+    torch.testing.assert_close(found, mean, rtol=0, atol=2e-3 * float(y.abs().max()))
+
+
+def test_features_do_not_depend_on_what_it_is_fitted_to(unfitted: Potential) -> None:
+    before = {name: value.clone() for name, value in unfitted.backbone.state_dict().items()}
+    fit_process(unfitted, data(waters(10), unfitted))
+    for name, value in unfitted.backbone.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_wrong_energy_is_left_out(unfitted: Potential, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    wrong = waters(60)
+    wrong[7].info[REF_ENERGY] += 1000.0
+    fit_process(unfitted, data(wrong, unfitted))
+    assert "structure 7" in caplog.text
+    others = data(waters(40, seed=1), unfitted)
+    errors = energies(unfitted, others) - labels(others)
+    assert errors.square().mean().sqrt() < 0.5 * labels(others).std()
+
+
+def test_energies_of_lone_atoms_are_kept(unfitted: Potential) -> None:
+    oxygen = structures.lone_atom("O")
+    oxygen.info |= {REF_ENERGY: -1990.0, XTB_ENERGY: -100.0}
+    fit_process(unfitted, data([*waters(20), oxygen], unfitted))
+    index = list(unfitted.elements).index(8)
+    # The learned GFN1-xTB energy of the atom stays as it is; the sum is that of the label.
+    above = unfitted.reference_energies - unfitted.xtb_reference_energies
+    assert above[index] == pytest.approx(-1890.0)
+
+
+def test_given_reference_energies_are_kept(make_potential: MakePotential) -> None:
+    potential = quiet_baseline(make_potential(**OPTIONS))
+    symbols = [Atoms(numbers=[z]).get_chemical_formula() for z in potential.elements]
+    given = dict.fromkeys(symbols, -1.0) | {"O": -1990.0, "H": -5.0}
+    fit_process(potential, data(waters(20), potential), given)
+    expected = torch.tensor([given[symbol] for symbol in symbols], dtype=torch.float64)
+    torch.testing.assert_close(potential.reference_energies, expected)
+
+
+def test_without_a_gfn1_label_the_learned_energy_is_below(unfitted: Potential) -> None:
+    bare = waters(20)
+    for atoms in bare[::2]:
+        del atoms.info[XTB_ENERGY]
+    fit_process(unfitted, data(bare, unfitted))
+    dataset = data(waters(20), unfitted)
+    errors = energies(unfitted, dataset) - labels(dataset)
+    assert errors.abs().max() < 0.3 * labels(dataset).std()
+
+
+@pytest.mark.parametrize("left", [[], [structures.lone_atom("O")]])
+def test_nothing_to_fit_to_is_refused(unfitted: Potential, left: list[Atoms]) -> None:
+    bare = waters(3)
+    for atoms in bare:
+        del atoms.info[REF_ENERGY]
+    for atoms in left:
+        atoms.info |= {REF_ENERGY: -1990.0, XTB_ENERGY: -100.0}
+    with pytest.raises(MissingLabelError, match="nothing to be fitted to"):
+        fit_process(unfitted, data([*bare, *left], unfitted))
+
+
+def test_a_calibrated_model_survives_its_file(unfitted: Potential, tmp_path: Path) -> None:
+    train, valid = data(waters(40), unfitted), data(waters(40, seed=1), unfitted)
+    fit_process(unfitted, train)
+    committee = calibrate(Committee([unfitted]), train, valid)
+    path = tmp_path / "model.orbcalc"
+    save_model(path, committee)
+    again, _ = load_model(path, dtype=torch.float64)
+    graph = AtomGraph.batch(data(waters(30, seed=2), unfitted).graphs)
+    before, after = (model(graph, ("energy", "forces")) for model in (committee, again))
+    for name in ("energy", "forces", "energy_uncertainty"):
+        torch.testing.assert_close(getattr(after, name), getattr(before, name))
+    single, _ = load_model(path)
+    torch.testing.assert_close(single(graph).energy, before.energy, rtol=0, atol=1e-3)
+
+
+def test_a_file_with_another_number_of_inducing_atoms_is_refused(
+    fitted: Potential, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.orbcalc"
+    save_model(path, Committee([fitted]))
+    content, tensors = read_archive(path, kind="model", version=4)
+    content["members"][0]["n_inducing"] = 10**9
+    write_archive(path, kind="model", version=4, content=content, tensors=tensors)
+    with pytest.raises(CheckpointError, match=r"energy_head\.factor has shape"):
+        load_model(path)
