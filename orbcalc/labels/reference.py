@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -111,8 +112,9 @@ class ReferenceLabeler:
                 GFN2, atoms, settings, forces="forces" in wanted, stress="stress" in wanted
             )
         self.load()
+        calculator = self._calculator
         try:
-            return _ase_values(self._calculator, atoms, wanted)
+            return _ase_values(calculator, atoms, wanted)
         except BaseException as error:
             self._calculator = None  # its state cannot be trusted
             if isinstance(error, PropertyNotImplementedError):
@@ -121,6 +123,11 @@ class ReferenceLabeler:
                     f"({error}). Switch forces or stress off in the labels configuration."
                 ) from error
             raise
+        finally:
+            # ASE makes the directory of any calculator, also of one that writes nothing.
+            if (directory := getattr(calculator, "directory", None)) is not None:
+                with contextlib.suppress(OSError):  # if it is not empty
+                    Path(directory).rmdir()
 
 
 def wanted_quantities(atoms: Atoms, config: LabelConfig) -> tuple[str, ...]:

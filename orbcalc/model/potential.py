@@ -298,7 +298,7 @@ class Potential(nn.Module):
     ) -> Float[Tensor, "n_atoms n_last"]:
         head = self.energy_head
         if isinstance(head, ProcessHead):
-            last = head.last_layer(nodes, elements)
+            last = head.functions(head.features(nodes), elements)
         else:
             last = head.last_layer(nodes)
         kinds = nn.functional.one_hot(elements, len(self.elements)).to(last)

@@ -13,6 +13,8 @@ process is represented by few inducing atoms (subset of regressors, Quiñonero-C
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -88,46 +90,69 @@ class ProcessHead(nn.Module):
         elements
             Their elements, by index.
         """
+        order = elements.argsort(stable=True)  # those of an element side by side
         self.centre, self.size = centre, size
-        self.inducing, self.inducing_elements = (inducing - centre) / size, elements
-        kernel = self._kernel(inducing, elements)
-        kernel.diagonal().add_(_JITTER)
-        lower = torch.linalg.cholesky(kernel)
-        identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-        self.factor = torch.linalg.solve_triangular(lower, identity, upper=False).T.contiguous()
-        self.weights = kernel.new_zeros(len(kernel))
+        self.inducing, self.inducing_elements = ((inducing - centre) / size)[order], elements[order]
+        n_inducing = len(elements)
+        self.weights = inducing.new_zeros(n_inducing)
+        self.factor = inducing.new_zeros(n_inducing, n_inducing)
+        for columns in self._columns(elements).values():
+            own = self.inducing[columns]
+            kernel = _gaussian(own, own)
+            kernel.diagonal().add_(_JITTER)
+            lower = torch.linalg.cholesky(kernel)
+            identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            self.factor[columns, columns] = inverse.T
 
     def forward(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"]
     ) -> Float[Tensor, " n_atoms"]:
         """Evaluate the energies."""
-        features, weights = self.features(nodes), self.factor @ self.weights
+        features = self.features(nodes)
         if len(features) <= 2 * PART_ATOMS:
-            return self.compared(features, elements) @ weights
-
-        def energies(features: Tensor, elements: Tensor) -> Tensor:
-            return self.compared(features, elements) @ weights
-
+            return self._energies(features, elements)
         parts = zip(features.split(PART_ATOMS), elements.split(PART_ATOMS), strict=True)
-        return torch.cat([checkpoint(energies, *part, use_reentrant=False) for part in parts])
+        found = [checkpoint(self._energies, *part, use_reentrant=False) for part in parts]
+        return torch.cat(found)
 
-    def last_layer(
-        self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"]
+    def _energies(self, features: Tensor, elements: Tensor) -> Float[Tensor, " n_atoms"]:
+        found = features.new_zeros(len(features))
+        for rows, columns, kernel in self._kernels(features, elements):
+            found = found.index_add(0, rows, kernel @ self.weights[columns])
+        return found
+
+    def functions(
+        self, features: Float[Tensor, "n_atoms n_features"], elements: Int[Tensor, " n_atoms"]
     ) -> Float[Tensor, "n_atoms n_last"]:
         """Return what the energy is a linear function of, with equal weights a priori."""
-        return self.compared(self.features(nodes), elements) @ self.factor
+        found = features.new_zeros(len(features), self.n_last)
+        for rows, columns, kernel in self._kernels(features, elements):
+            found[rows, columns] = kernel @ self.factor[columns, columns]
+        return found
 
-    def compared(
-        self, features: Float[Tensor, "n_atoms n_features"], elements: Int[Tensor, " n_atoms"]
-    ) -> Float[Tensor, "n_atoms n_inducing"]:
-        """Return kernels of atoms with the inducing atoms, zero for neutral lone atoms."""
-        alone, kinds = torch.zeros_like(features[:1]), elements.unique()
-        lone = self._kernel(alone.expand(len(kinds), -1), kinds)
-        kernel = self._kernel(features, elements)
-        return kernel - lone[torch.searchsorted(kinds, elements)]
+    def _kernels(
+        self, features: Tensor, elements: Tensor
+    ) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """Compare atoms with inducing atoms, element by element; zero for neutral lone atoms."""
+        alone = -self.centre / self.size
+        for element, columns in self._columns(elements).items():
+            rows = (elements == element).nonzero()[:, 0]
+            own, others = (features[rows] - self.centre) / self.size, self.inducing[columns]
+            yield rows, columns, _gaussian(own, others) - _gaussian(alone[None], others)
 
-    def _kernel(self, features: Tensor, elements: Tensor) -> Float[Tensor, "n_atoms n_inducing"]:
-        own, others = (features - self.centre) / self.size, self.inducing
-        squares = own.square().sum(1)[:, None] + others.square().sum(1)
-        kernel = (own @ others.T - squares / 2).exp()
-        return torch.where(elements[:, None] == self.inducing_elements, kernel, 0.0)
+    def _columns(self, elements: Tensor) -> dict[int, slice]:
+        """Return where the inducing atoms of each of these elements are, if there are any."""
+        kinds = elements.unique()
+        starts, ends = (
+            torch.searchsorted(self.inducing_elements, kinds, right=right).tolist()
+            for right in (False, True)
+        )
+        found = zip(kinds.tolist(), starts, ends, strict=True)
+        return {kind: slice(start, end) for kind, start, end in found if end > start}
+
+
+def _gaussian(own: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """Return the kernel of unit width."""
+    squares = own.square().sum(1)[:, None] + others.square().sum(1)
+    return (own @ others.T - squares / 2).exp()

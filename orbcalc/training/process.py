@@ -155,17 +155,17 @@ def _fitted(
     size = _WIDTH * torch.where(spread > 0, spread, 1.0).sqrt().repeat_interleave(channels)
     chosen = _inducing((observed.features - centre) / size, observed.elements)
     head.place(centre, size, observed.features[chosen], observed.elements[chosen])
-    kernels = torch.zeros(len(observed.left), len(chosen), dtype=torch.float64)
+    functions = torch.zeros(len(observed.left), len(chosen), dtype=torch.float64)
     for part in torch.arange(len(observed.owners)).split(_CANDIDATES):
-        kernel = head.compared(observed.features[part], observed.elements[part])
-        kernels.index_add_(0, observed.owners[part], kernel)
+        own = head.functions(observed.features[part], observed.elements[part])
+        functions.index_add_(0, observed.owners[part], own)
     roots = observed.counts.sum(1).sqrt()
-    functions = kernels @ head.factor / roots[:, None]
+    functions /= roots[:, None]
     unit = functions.square().sum(1).mean().sqrt()
     of_elements = math.sqrt(_WIDE) * observed.counts[:, free] / roots[:, None]
     columns = torch.cat([functions / unit, of_elements], dim=1)
     solution = _solution(columns, observed.left / roots)
-    head.weights = solution[: len(chosen)] / (unit * potential.energy_scale)
+    head.weights = head.factor @ solution[: len(chosen)] / (unit * potential.energy_scale)
     correction = torch.zeros(len(free), dtype=torch.float64)
     correction[free] = math.sqrt(_WIDE) * solution[len(chosen) :]
     return head.to(potential.element_index.device), correction

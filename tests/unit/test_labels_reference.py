@@ -121,6 +121,13 @@ def test_each_worker_has_a_directory_of_its_own(directory):
     assert found.parent == Path(directory or ".")
 
 
+def test_a_calculator_that_writes_no_files_leaves_no_directory(tmp_path):
+    labeler = ReferenceLabeler(config("ase.calculators.emt:EMT", directory=str(tmp_path)))
+    for _ in range(2):
+        assert labeler.label(bulk("Cu")).status == "ok"
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_warning_tells_that_calculators_may_not_read_charges(caplog):
     caplog.set_level("WARNING")
     charged = structures.water()
