@@ -34,6 +34,7 @@ from orbcalc.graph import AtomGraph
 from orbcalc.model.committee import Calibration, Committee, joined_score
 from orbcalc.model.potential import Potential, Prediction
 from orbcalc.training.dataset import LabelDataset, Targets, on_device
+from orbcalc.training.loss import tells_forces
 
 __all__ = ["calibrate"]
 
@@ -48,9 +49,6 @@ _ATOM_REGULARISER = 1e-5
 
 #: Weight of the spread, in units of what makes it as large as the rigidity: the likeliest, too.
 _SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
-
-#: eV/Å: what is smaller in the label and in the prediction is zero by symmetry, and tells nothing.
-_NO_FORCE = 1e-4
 
 
 def calibrate(
@@ -128,9 +126,8 @@ def _held_out(
         )
         roots = graph.n_atoms_of_structure.double().sqrt()
         energies.append(tuple(_column(values, roots) / roots[:, None] for values in row))
-        is_none = (prediction.forces.abs() < _NO_FORCE) & (targets.forces.abs() < _NO_FORCE)
-        is_none |= ~graph.mask.any(1, keepdim=True)
-        errors = torch.where(is_none, torch.nan, prediction.forces - targets.forces)
+        is_told = tells_forces(graph, prediction.forces, targets.forces)
+        errors = torch.where(is_told, prediction.forces - targets.forces, torch.nan)
         of_atoms = (prediction.atom_rigidity, prediction.forces_spread)
         scores = (_column(values, graph.numbers).repeat_interleave(3, 0) for values in of_atoms)
         forces.append((errors.double().reshape(-1, 1), *scores))

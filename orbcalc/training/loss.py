@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from orbcalc.config import PotentialConfig, TaskWeights
@@ -22,10 +23,14 @@ __all__ = [
     "label_counts",
     "multitask_loss",
     "on_labelled_baseline",
+    "tells_forces",
 ]
 
 #: Å; docs/architecture.md shows what weights of the energy of this size do to force errors.
 ENERGY_LENGTH = 0.1
+
+#: eV/Å: what is smaller in the label and in the prediction is zero by symmetry.
+_NO_FORCE = 1e-4
 
 
 class LossScales:
@@ -99,6 +104,17 @@ def on_labelled_baseline(prediction: Prediction, targets: Targets) -> Prediction
     return replace(prediction, **found)
 
 
+def tells_forces(
+    graph: AtomGraph, found: Float[Tensor, "n_atoms 3"], labels: Float[Tensor, "n_atoms 3"]
+) -> Bool[Tensor, "n_atoms 3"]:
+    """Tell which components of forces say how good a potential is.
+
+    Those that are zero by symmetry, as all of a lone atom are, every potential has right.
+    """
+    is_none = (found.abs() < _NO_FORCE) & (labels.abs() < _NO_FORCE)
+    return ~is_none & graph.mask.any(1, keepdim=True)
+
+
 def multitask_loss(
     potential: Potential,
     prediction: Prediction,
@@ -165,14 +181,18 @@ class ErrorSums:
             elements = potential.element_index[graph.numbers]
             self._add("charges", *_charges(potential, prediction, elements, targets))
         if self._shares and isinstance(prediction, CommitteePrediction):
-            self._add_shares(prediction, targets)
+            self._add_shares(prediction, graph, targets)
 
-    def _add_shares(self, prediction: CommitteePrediction, targets: Targets) -> None:
+    def _add_shares(
+        self, prediction: CommitteePrediction, graph: AtomGraph, targets: Targets
+    ) -> None:
         limits = {"68": prediction.energy_uncertainty, "95": prediction.energy_interval_95}
         self._count_within("energy", prediction.energy[:, None], targets.energy[:, None], limits)
         if prediction.forces is not None:
             limits = {"68": prediction.forces_uncertainty, "95": prediction.forces_interval_95}
-            self._count_within("forces", prediction.forces, targets.forces, limits)
+            is_told = tells_forces(graph, prediction.forces, targets.forces)
+            wanted = torch.where(is_told, targets.forces, torch.nan)
+            self._count_within("forces", prediction.forces, wanted, limits)
 
     def _count_within(
         self, name: str, output: Tensor, targets: Tensor, limits: Mapping[str, Tensor | None]

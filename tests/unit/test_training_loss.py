@@ -297,3 +297,19 @@ def test_shares_count_labels_and_nan_is_never_inside(
     plain = ErrorSums()
     plain.add(potential, committee, graph, targets)
     assert not any("within" in name for name in plain.result())
+
+
+def test_forces_that_symmetry_makes_zero_do_not_count_as_covered(
+    parts: tuple[LabelDataset, Potential],
+) -> None:
+    dataset, potential = parts
+    graph, targets = dataset.batch(range(len(dataset)))
+    wanted = torch.ones(graph.n_atoms, 3, dtype=torch.float64)
+    wanted[:, 0] = 0.0
+    found = torch.where(wanted == 0, 1e-6, wanted + 5.0)  # all that could be wrong is wrong
+    committee = CommitteePrediction(
+        targets.energy, forces=found, forces_uncertainty=torch.ones(graph.n_atoms)
+    )
+    sums = ErrorSums(shares=True)
+    sums.add(potential, committee, graph, replace(targets, forces=wanted))
+    assert sums.result()["forces_within_68"] == 0.0
