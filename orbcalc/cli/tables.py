@@ -57,11 +57,16 @@ def print_model(path: Path) -> None:
     committee, metadata = load_model(path)
     first = committee.first
     n_weights = sum(p.numel() for p in first.parameters())
+    energy = f"process of {first.n_inducing} atoms" if first.n_inducing else "network"
+    if first.config.xtb_head == "baseline":
+        energy += " above a learned GFN1-xTB energy"
+    elif first.config.baseline != "none":
+        energy += f" above a computed {first.config.baseline} energy"
     lines = [
         f"{path}: {len(committee.members)} member(s) of {n_weights} weights",
         f"elements {' '.join(chemical_symbols[z] for z in first.elements)}, "
         f"cutoff {first.config.cutoff} Å, charges: {first.config.charge_head}, "
-        f"baseline: {first.config.baseline}",
+        f"energy: {energy}",
         f"labels: {metadata.get('labels') or 'methods not recorded'}",
         f"training set: {metadata.get('training_set')}",
         f"SHA-256 {file_sha256(path)}",

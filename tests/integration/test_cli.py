@@ -507,7 +507,7 @@ def test_info_of_a_model(cli: Cli, model: Path) -> None:
     found = cli("info", model)
     assert found.code == 0
     assert f"{model}: 2 member(s) of " in found.out
-    assert "elements H O, cutoff 4.0 Å, charges: equivariant" in found.out
+    assert "elements H O, cutoff 4.0 Å, charges: equivariant, energy: network" in found.out
     assert "GFN2-xTB (tblite" in found.out
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orbcalc.active.loop import run
 from orbcalc.calculator import OrbcalcCalculator
+from orbcalc.cli.tables import print_model
 from orbcalc.config import TrainConfig
 from orbcalc.errors import MissingLabelError
 from orbcalc.files import read_jsonl
@@ -55,7 +56,7 @@ def features(model: Committee) -> dict[str, Tensor]:
 
 
 def test_it_is_the_default_where_energies_are_few(
-    labelled_waters: list[Atoms], tmp_path: Path
+    labelled_waters: list[Atoms], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_pool(tmp_path / "waters.extxyz", few_energies(labelled_waters))
     records: list[dict[str, Any]] = []
@@ -67,6 +68,9 @@ def test_it_is_the_default_where_energies_are_few(
     _, metadata = load_model(config.output)
     assert metadata["valid_errors"]["energy_mae"] == pytest.approx(records[-1]["energy_mae"], 1e-3)
     assert metadata["config"]["potential"]["energy_head"] == "process"
+    print_model(config.output)
+    above = "above a learned GFN1-xTB energy"
+    assert f"energy: process of {model.first.n_inducing} atoms {above}" in capsys.readouterr().out
     water = waters(1)[0]
     water.calc = OrbcalcCalculator(config.output)
     assert water.get_potential_energy() == pytest.approx(
