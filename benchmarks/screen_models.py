@@ -31,11 +31,12 @@ _SHELLS, _WIDTH, _CUTOFF = np.linspace(0.9, 4.5, 10), 0.4, 5.0
 _N_RANDOM, _LENGTH = 200, 1.5
 #: Parts of the configuration of each kind of potential. *Computed*: the difference from GFN1-xTB
 #: is learned, with the charges of the labelled structures. *Cheap labels*: GFN1-xTB energies (as a
-#: learned baseline) and charges of the whole pool are learned, too. Without: the charges of the
-#: labelled structures only.
+#: learned baseline) and charges of the whole pool are learned, too; *first*: before all others,
+#: which a process is then fitted to. Without: the charges of the labelled structures only.
 RECIPES = {
     "GFN1-xTB computed": {"xtb_head": "none", "baseline": "GFN1-xTB"},
-    "cheap labels": {"xtb_head": "baseline"},
+    "cheap labels": {"xtb_head": "baseline", "energy_head": "network"},
+    "cheap labels first": {"xtb_head": "baseline", "energy_head": "process"},
     "no cheap labels": {"xtb_head": "none"},
 }
 #: Variance of the noise, in mean variances of the process.
@@ -187,7 +188,7 @@ class PotentialOnPool:
             known.append(self.pool[index].copy())
             known[-1].info[REF_ENERGY] = float(energy)
         train, valid = split(known, 0.1, self.seed)
-        if self.recipe == "cheap labels":
+        if self.recipe.startswith("cheap labels"):
             train += [self.pool[i] for i in sorted({*range(len(self.pool))} - {*labelled.tolist()})]
         files = [self._last.with_name(f"{self._last.stem}_{name}.extxyz") for name in ("t", "v")]
         for path, structures in zip(files, (train, valid), strict=True):

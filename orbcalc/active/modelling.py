@@ -25,6 +25,7 @@ from orbcalc.config import (
 from orbcalc.errors import ConfigError, MissingLabelError, OrbcalcError, StructureError
 from orbcalc.files import append_json, write_text
 from orbcalc.labels.store import LabelStore
+from orbcalc.properties import XTB_ENERGY
 from orbcalc.structures import hold_out, structure_key
 
 __all__ = [
@@ -74,8 +75,9 @@ def write_training_set(
     held_out = _held_out(labelled, config.selection.valid_fraction)
     train_file, valid_file = files.folder / "train.extxyz", files.folder / "valid.extxyz"
     known = [atoms for atoms, out in zip(labelled, held_out, strict=True) if not out]
+    valid = [atoms for atoms, out in zip(labelled, held_out, strict=True) if out]
     write_structures(train_file, [*known, *cheap])
-    write_structures(valid_file, [a for a, out in zip(labelled, held_out, strict=True) if out])
+    write_structures(valid_file, valid)
     training = TrainConfig(  # with paths from its own folder, which may be copied or moved
         train=(Path(train_file.name),),
         valid=(Path(valid_file.name),),
@@ -89,7 +91,9 @@ def write_training_set(
         start_from=start_from and Path(os.path.relpath(start_from, files.folder)),
     ).resolved(  # in all rounds alike, as long as labels are few, so that they go on training
         cheap_only=config.pool.charges,
-        few_energies=len(labelled) <= PROCESS_LABELS and config.pool.md is None,
+        few_energies=config.pool.md is None
+        and len(known) <= PROCESS_LABELS
+        and any(XTB_ENERGY in atoms.info for atoms in valid),
     )
     write_text(files.train, dump_config(training))
 
