@@ -93,6 +93,7 @@ def write_training_set(
         cheap_only=config.pool.charges,
         few_energies=config.pool.md is None
         and len(known) <= PROCESS_LABELS
+        and all(len(atoms) > 1 or atoms.pbc.any() for atoms in known)
         and any(XTB_ENERGY in atoms.info for atoms in valid),
     )
     write_text(files.train, dump_config(training))

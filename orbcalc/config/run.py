@@ -219,9 +219,15 @@ class RunConfig(StrictModel):
         ):
             if task in self.tasks.active and not getattr(self.labels, labels):
                 raise ValueError(f"tasks.{task} has weight, but labels.{labels} is false")
-        if self.potential.energy_head == "process" and not self.labels.charges:
+        if self.potential.energy_head == "process" and not self.pool.charges:
             raise ValueError(
-                "potential.energy_head: process needs GFN1-xTB labels, but labels.charges is false"
+                "potential.energy_head: process learns from the cheap labels of the whole pool in "
+                "the first round: set pool.charges: true, or choose energy_head: network"
+            )
+        if self.potential.energy_head == "process" and self.pool.md is not None:
+            raise ValueError(
+                "potential.energy_head: process keeps the features of the first round, which a "
+                "pool that pool.md enlarges outgrows: choose energy_head: network"
             )
         if self.potential.xtb_head not in (None, "none") and not self.labels.charges:
             raise ValueError(

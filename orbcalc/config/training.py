@@ -88,8 +88,10 @@ class PotentialConfig(StrictModel):
         description="what the energy, or its difference from the learned GFN1-xTB energy, is made "
         "of; network: trained with all else; process: a Gaussian process on features that cheap "
         "labels alone have taught, fitted in closed form, which serves few labels best and needs "
-        "xtb_head: baseline; default: process where cheap labels teach, no forces are learned and "
-        f"there are at most {PROCESS_LABELS:,} energies, otherwise network",
+        "xtb_head: baseline; lone atoms are not learned; default: process where no forces are "
+        f"learned, there are at most {PROCESS_LABELS:,} energies, none of a lone atom, and as many "
+        "structures or more with cheap labels only (in `orbcalc run`: pool.charges, without md); "
+        "otherwise network",
     )
 
     @property
@@ -277,7 +279,8 @@ class TrainConfig(StrictModel):
         default=None,
         description="a model whose weights to begin with, if it has the same architecture, "
         "elements and number of members; its scales are kept, and its reference energies moved "
-        "where others are given or the labels are of another method",
+        "where others are given or the labels are of another method; of one with energy_head: "
+        "process the features stay, whatever cheap labels are new, and the process is fitted anew",
     )
     reference_energies: dict[str, float] | None = Field(
         default=None,
@@ -289,6 +292,11 @@ class TrainConfig(StrictModel):
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid: {self.valid} is not a fraction between 0 and 1")
         self.tasks.check_heads(self.potential)
+        if self.potential.energy_head == "process" and self.reference_energies is not None:
+            raise ValueError(
+                "reference_energies are those of lone atoms, which potential.energy_head: process "
+                "does not learn. Leave them out, or choose energy_head: network."
+            )
         if self.potential.baseline != "none" and self.reference_energies is not None:
             raise ValueError(
                 f"reference_energies are total ones, but above baseline: {self.potential.baseline} "
@@ -316,7 +324,8 @@ class TrainConfig(StrictModel):
             potential = potential.model_copy(update={"xtb_head": head})
         if potential.energy_head is None:
             suits = few_energies and cheap_only and tasks.reference == ("energy",)
-            is_process = suits and potential.xtb_head == "baseline" and tasks.xtb_energy != 0
+            suits = suits and self.reference_energies is None and tasks.xtb_energy != 0
+            is_process = suits and potential.xtb_head == "baseline"
             head = "process" if is_process else "network"
             potential = potential.model_copy(update={"energy_head": head})
         weights = {"xtb_energy": 0.0, "xtb_forces": 0.0}

@@ -188,6 +188,8 @@ def _check_sizes(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> N
     if config.energy_head == "process":
         shapes["energy_head.factor"] = (content["n_inducing"],) * 2
         shapes["energy_head.size"] = ((config.layers + 1) * config.channels,)
+        if content["n_inducing"] and not (weights["energy_head.size"] > 0).all():
+            raise ConfigError("energy_head.size must be above zero")
     else:
         shapes["energy_head.hidden.weight"] = (config.channels, config.channels)
     for layer in range(config.layers):

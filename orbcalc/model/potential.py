@@ -298,7 +298,8 @@ class Potential(nn.Module):
     ) -> Float[Tensor, "n_atoms n_last"]:
         head = self.energy_head
         if isinstance(head, ProcessHead):
-            last = head.functions(head.features(nodes), elements)
+            with torch.no_grad():  # they say how sure it is
+                last = head.functions(head.features(nodes), elements)
         else:
             last = head.last_layer(nodes)
         kinds = nn.functional.one_hot(elements, len(self.elements)).to(last)

@@ -4,7 +4,7 @@ The energy of a structure beyond its reference energies is a sum over its atoms 
 their features and element, with a Gaussian process as prior. Its kernel compares atoms of the
 same element::
 
-    k(x, x') = exp(-|x - x'|² / 2w²) - what makes it vanish for an atom without neighbours
+    k(x, x') = exp(-|x - x'|² / 2w²) - what makes it vanish for a lone atom, a neutral singlet
 
 and that of structures is the sum over all pairs of their atoms (Bartók 2010, 0910.1019). The
 process is represented by few inducing atoms (subset of regressors, Quiñonero-Candela & Rasmussen
@@ -134,7 +134,7 @@ class ProcessHead(nn.Module):
     def _kernels(
         self, features: Tensor, elements: Tensor
     ) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """Compare atoms with inducing atoms, element by element; zero for neutral lone atoms."""
+        """Compare atoms with inducing atoms, element by element; zero for lone neutral singlets."""
         alone = -self.centre / self.size
         for element, columns in self._columns(elements).items():
             rows = (elements == element).nonzero()[:, 0]

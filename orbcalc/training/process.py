@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,14 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from orbcalc.errors import MissingLabelError
+from orbcalc.model.backbone import PART_ATOMS
 from orbcalc.model.potential import Potential
 from orbcalc.model.process import ProcessHead
 from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.statistics import (
     fit_reference_energies,
-    given_energies,
     is_lone_atom,
-    is_wild_energy,
+    wild_energies,
 )
 
 __all__ = ["fit_process"]
@@ -45,6 +44,9 @@ _WIDTH = 2.8
 #: Variances of the noise, in units of that of the process.
 _NOISES = tuple(10.0 ** (power / 2) for power in range(-16, 1))
 
+#: Share of the mean square of a feature below which its variance is rounding.
+_ROUNDING = 1e-10
+
 #: Prior variance of energies of elements, in units of that of the process: wide.
 _WIDE = 1e4
 
@@ -62,14 +64,11 @@ class _Observed(NamedTuple):
     owners: Int[Tensor, " n_atoms"]
 
 
-def fit_process(
-    potential: Potential,
-    dataset: LabelDataset,
-    reference_energies: Mapping[str, float] | None = None,
-) -> None:
+def fit_process(potential: Potential, dataset: LabelDataset) -> None:
     """Fit the energy head and the reference energies of a potential to energies.
 
-    Energies that can only be wrong are left out.
+    Energies that can only be wrong are left out, and those of lone atoms: what lies between them
+    and bound atoms is more than few labels and a smooth function can tell.
 
     Parameters
     ----------
@@ -77,8 +76,6 @@ def fit_process(
         Trained on cheap labels, with a `ProcessHead` and a GFN1-xTB energy.
     dataset
         Structures; only those with an energy count.
-    reference_energies
-        Energy of each lone atom by symbol, eV; default: of labelled lone atoms, and fitted.
 
     Raises
     ------
@@ -86,28 +83,28 @@ def fit_process(
         If no structure but lone atoms has an energy.
     """
     differences = _differences(potential, dataset)
-    counts, is_told = dataset.element_counts, differences.isfinite()
-    told = counts[is_told].sum(0) > 0
     is_lone = torch.tensor([is_lone_atom(graph) for graph in dataset.graphs])
-    fixed = counts[is_lone & is_told].sum(0) > 0
-    below = potential.xtb_reference_energies.cpu()
-    if reference_energies is None:
-        shift = fit_reference_energies(dataset, differences)
-    else:
-        shift = given_energies(reference_energies, dataset.elements) - below
-        told = fixed = torch.ones_like(told)
-    left = differences - counts @ shift
-    chosen = (is_told & ~is_lone & ~is_wild_energy(left / counts.sum(1))).nonzero()[:, 0].tolist()
-    if not chosen:
+    if (n_lone := int(differences[is_lone].isfinite().sum())) > 0:
+        logger.warning(
+            "energies of %d lone atoms are not learned by energy_head: process; choose network to "
+            "keep them",
+            n_lone,
+        )
+    differences = torch.where(is_lone, torch.nan, differences)
+    rows = differences.isfinite().nonzero()[:, 0]
+    if len(rows) == 0:
         raise MissingLabelError(
             "no structure of the training set, lone atoms apart, has an energy: energy_head: "
             "process has nothing to be fitted to. Label some (`orbcalc label --reference METHOD`)."
         )
-    potential.energy_head, correction = _fitted(
-        potential, _observed(potential, dataset, chosen, left), free=told & ~fixed
-    )
+    counts = dataset.element_counts
+    told = counts[rows].sum(0) > 0
+    shift = fit_reference_energies(dataset, differences)
+    wild = wild_energies(counts[rows][:, told], differences[rows])
+    observed = _observed(potential, dataset, rows[~wild].tolist(), differences - counts @ shift)
+    potential.energy_head, correction = _fitted(potential, observed, told)
     potential.forget_rigidity()
-    potential.reference_energies = below + shift + correction
+    potential.reference_energies = potential.xtb_reference_energies.cpu() + shift + correction
     potential.told = told.to(potential.told.device)
 
 
@@ -136,7 +133,9 @@ def _observed(
     for graph, _ in on_device(dataset, _BATCH_SIZE, potential, chosen):
         kinds = potential.element_index[graph.numbers]
         with torch.no_grad():
-            nodes = potential.backbone(graph.edge_vectors().to(potential.dtype), kinds, graph, 0)
+            vectors = graph.edge_vectors().to(potential.dtype)
+            in_parts = graph.n_atoms > 2 * PART_ATOMS
+            nodes = potential.backbone(vectors, kinds, graph, 0, in_parts=in_parts)
         features.append(ProcessHead.features(nodes).cpu())
         elements.append(kinds.cpu())
     counts = dataset.element_counts[chosen]
@@ -147,12 +146,17 @@ def _observed(
 def _fitted(
     potential: Potential, observed: _Observed, free: Bool[Tensor, " n_elements"]
 ) -> tuple[ProcessHead, Float[Tensor, " n_elements"]]:
-    """Return the head, and what to add to the energies of elements that are free."""
+    """Return the head, and what to add to the energies of free elements."""
     channels = potential.config.channels
     head = ProcessHead(channels, potential.config.layers)
     centre = observed.features.mean(0)
-    spread = (observed.features - centre).unflatten(1, (-1, channels)).square().sum(2).mean(0)
-    size = _WIDTH * torch.where(spread > 0, spread, 1.0).sqrt().repeat_interleave(channels)
+    spread, whole = (
+        values.unflatten(1, (-1, channels)).square().sum(2).mean(0)
+        for values in (observed.features - centre, observed.features)
+    )
+    # What does not vary but by rounding, as charge and spin in most sets, must not be blown up.
+    spread = torch.where(spread > _ROUNDING * whole, spread, 1.0)
+    size = _WIDTH * spread.sqrt().repeat_interleave(channels)
     chosen = _inducing((observed.features - centre) / size, observed.elements)
     head.place(centre, size, observed.features[chosen], observed.elements[chosen])
     functions = torch.zeros(len(observed.left), len(chosen), dtype=torch.float64)
@@ -161,7 +165,7 @@ def _fitted(
         functions.index_add_(0, observed.owners[part], own)
     roots = observed.counts.sum(1).sqrt()
     functions /= roots[:, None]
-    unit = functions.square().sum(1).mean().sqrt()
+    unit = float(functions.square().sum(1).mean().sqrt()) or 1.0  # zero if all atoms are alone
     of_elements = math.sqrt(_WIDE) * observed.counts[:, free] / roots[:, None]
     columns = torch.cat([functions / unit, of_elements], dim=1)
     solution = _solution(columns, observed.left / roots)
@@ -206,9 +210,13 @@ def _inducing(
         By index.
     """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    candidates = order[:_CANDIDATES]
-    groups = [candidates[elements[candidates] == kind] for kind in elements.unique()]
-    groups = [group for group in groups if len(group)]
+    kinds = elements.unique()
+    owned = [order[elements[order] == kind] for kind in kinds]
+    # Rare elements have all their atoms among the candidates, others fill up what that leaves.
+    groups = [group[: _CANDIDATES // len(kinds)] for group in owned]
+    for number, group in enumerate(owned):
+        more = _CANDIDATES - sum(map(len, groups))
+        groups[number] = group[: len(groups[number]) + more]
     unknown = [features.new_ones(len(group)) for group in groups]
     lower = [features.new_empty(min(N_INDUCING, len(group)), len(group)) for group in groups]
     ranks, tops, chosen = [0] * len(groups), [1.0] * len(groups), list[Tensor]()

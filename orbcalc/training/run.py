@@ -289,6 +289,10 @@ def _has_reference(atoms: Atoms) -> bool:
     return any(_has_number(found[key]) for key in _REFERENCE_KEYS & found.keys())
 
 
+def _carries(atoms: Atoms, key: str) -> bool:
+    return key in atoms.info and _has_number(atoms.info[key])
+
+
 def _has_number(label: Any) -> bool:
     try:
         return bool(np.isfinite(np.array(label, dtype=float)).any())
@@ -339,13 +343,13 @@ def _without(structures: list[Atoms], valid: list[Atoms]) -> list[Atoms]:
 
 def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
     """Decide what the configuration leaves to the structures."""
-    n_energies = sum(REF_ENERGY in atoms.info for atoms in sets.train)
+    told = [atoms for atoms in sets.train if _carries(atoms, REF_ENERGY)]
+    n_cheap = sum(_carries(atoms, XTB_ENERGY) and not _has_reference(atoms) for atoms in sets.train)
     return config.resolved(
-        cheap_only=any(
-            XTB_ENERGY in atoms.info and not _has_reference(atoms) for atoms in sets.train
-        ),
-        few_energies=0 < n_energies <= PROCESS_LABELS
-        and any(XTB_ENERGY in atoms.info for atoms in sets.valid),
+        cheap_only=n_cheap > 0,
+        few_energies=0 < len(told) <= min(PROCESS_LABELS, n_cheap)
+        and all(len(atoms) > 1 or atoms.pbc.any() for atoms in told)
+        and any(_carries(atoms, XTB_ENERGY) for atoms in sets.valid),
     )
 
 

@@ -29,7 +29,7 @@ __all__ = [
     "given_energies",
     "is_lone_atom",
     "is_wild",
-    "is_wild_energy",
+    "wild_energies",
 ]
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def fit_reference_energies(
     rows = labelled & (counts[:, left].sum(1) > 0)
     if rows.any():
         rest = (energies - counts @ solution)[rows]
-        wild = _wild_energies(counts[rows][:, left], rest)
+        wild = wild_energies(counts[rows][:, left], rest)
         _warn_of_wild(dataset, rows.nonzero()[wild, 0].tolist())
         solution[left] = _least_squares(counts[rows][:, left][~wild], rest[~wild])
     return solution
@@ -159,12 +159,7 @@ def is_wild(values: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
     return wild if int(wild.sum()) <= max(1, _FEW * len(values)) else torch.zeros_like(wild)
 
 
-def is_wild_energy(left: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """Tell which energies, in eV per atom beyond reference energies, can only be wrong."""
-    return is_wild(left) & (left.abs() > _MIN_WILD)
-
-
-def _wild_energies(
+def wild_energies(
     counts: Float[Tensor, "n n_elements"], energies: Float[Tensor, " n"]
 ) -> Bool[Tensor, " n"]:
     """Tell which energies are far from what all others say of such a composition."""
@@ -176,7 +171,8 @@ def _wild_energies(
         roots = weights.sqrt()
         left = energies - counts @ _least_squares(counts * roots[:, None], energies * roots)
         weights = 1 / left.abs().clamp_min(1e-3 * float(left.abs().median()) + 1e-9)
-    return is_wild_energy(left / counts.sum(1))
+    left = left / counts.sum(1)
+    return is_wild(left) & (left.abs() > _MIN_WILD)
 
 
 def _least_squares(counts: Tensor, energies: Tensor) -> Float[Tensor, " n_elements"]:

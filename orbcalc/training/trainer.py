@@ -123,6 +123,7 @@ class Trainer:
         else:
             potential = make_potential().to(self.device)
             if potential.n_inducing > 0:
+                logger.info("features are kept as they are, only the process is fitted")
                 return self._with_process(potential)
             state = TrainState.start(potential, options)
         scales = self._scales(state.potential, self.tasks)
@@ -141,7 +142,7 @@ class Trainer:
 
     def _with_process(self, potential: Potential) -> Potential:
         """Fit the process to the energies; features stay as they are."""
-        fit_process(potential, self.train, self.config.reference_energies)
+        fit_process(potential, self.train)
         tasks, options = self.config.tasks, self.config.optimizer
         scales = self._scales(potential, tasks)
         loss, errors = evaluate(potential, self.valid, tasks, scales, options.batch_size)

@@ -337,6 +337,7 @@ def test_the_gfn1_energy_is_learned_where_it_pays(
         ({"tasks": {"forces": 0, "xtb_energy": 0}}, True, "network"),
         ({"tasks": {"forces": 0}, "potential": {"xtb_head": "task"}}, True, "network"),
         ({"tasks": {"forces": 0}, "potential": {"baseline": "GFN1-xTB"}}, True, "network"),
+        ({"tasks": {"forces": 0}, "reference_energies": {"H": -13.6}}, True, "network"),
         ({"tasks": {"forces": 0}, "potential": {"energy_head": "network"}}, True, "network"),
         ({"tasks": {"forces": 0}, "potential": {"energy_head": "process"}}, False, "process"),
     ],
@@ -362,6 +363,14 @@ def test_a_process_is_fitted_where_it_pays(given: dict[str, object], few: bool, 
         (
             {"potential": {"energy_head": "process"}, "tasks": {"forces": 0, "xtb_energy": 0}},
             r"tasks\.xtb_energy is 0",
+        ),
+        (
+            {
+                "potential": {"energy_head": "process"},
+                "tasks": {"forces": 0},
+                "reference_energies": {"H": -13.6},
+            },
+            "those of lone atoms",
         ),
         (
             {

@@ -191,23 +191,67 @@ def test_a_wrong_energy_is_left_out(unfitted: Potential, caplog: pytest.LogCaptu
     assert errors.square().mean().sqrt() < 0.5 * labels(others).std()
 
 
-def test_energies_of_lone_atoms_are_kept(unfitted: Potential) -> None:
+def test_energies_of_lone_atoms_change_nothing(
+    make_potential: MakePotential, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Were they kept, the process would have to be what lies between lone and bound atoms."""
+    caplog.set_level(logging.WARNING)
     oxygen = structures.lone_atom("O")
     oxygen.info |= {REF_ENERGY: -1990.0, XTB_ENERGY: -100.0}
-    fit_process(unfitted, data([*waters(20), oxygen], unfitted))
-    index = list(unfitted.elements).index(8)
-    # The learned GFN1-xTB energy of the atom stays as it is; the sum is that of the label.
-    above = unfitted.reference_energies - unfitted.xtb_reference_energies
-    assert above[index] == pytest.approx(-1890.0)
+    found = []
+    for more in ([], [oxygen]):
+        potential = quiet_baseline(make_potential(**OPTIONS))
+        fit_process(potential, data([*waters(20), *more], potential))
+        found.append(energies(potential, data(waters(5, seed=1), potential)))
+    torch.testing.assert_close(*found)
+    assert "1 lone atoms are not learned" in caplog.text
 
 
-def test_given_reference_energies_are_kept(make_potential: MakePotential) -> None:
-    potential = quiet_baseline(make_potential(**OPTIONS))
-    symbols = [Atoms(numbers=[z]).get_chemical_formula() for z in potential.elements]
-    given = dict.fromkeys(symbols, -1.0) | {"O": -1990.0, "H": -5.0}
-    fit_process(potential, data(waters(20), potential), given)
-    expected = torch.tensor([given[symbol] for symbol in symbols], dtype=torch.float64)
-    torch.testing.assert_close(potential.reference_energies, expected)
+def test_cheap_structures_do_not_change_which_energies_are_wild(unfitted: Potential) -> None:
+    """Nine labels, of which some are alone in their composition, among many without any."""
+    rare = [Atoms("OH", [[0, 0, 0], [0, 0, 0.97]]), structures.ice_cell()]
+    for atoms, energy in zip(rare, (-1500.0, -9000.0), strict=True):
+        atoms.info |= {XTB_ENERGY: -140.0, REF_ENERGY: energy}
+    labelled = [*waters(7), *rare]
+    cheap = waters(300, seed=2)
+    for atoms in cheap:
+        del atoms.info[REF_ENERGY]
+    expected = fit_of(unfitted, labelled)
+    torch.testing.assert_close(fit_of(unfitted, [*labelled, *cheap]), expected)
+
+
+def fit_of(potential: Potential, atoms: list[Atoms]) -> torch.Tensor:
+    fit_process(potential, data(atoms, potential))
+    return energies(potential, data(waters(5, seed=1), potential))
+
+
+@pytest.mark.parametrize("charge", [-1, 1])
+def test_a_charge_that_all_have_is_not_blown_up(unfitted: Potential, charge: int) -> None:
+    """Their embedding varies by rounding alone."""
+    ions = waters(60)
+    for atoms in ions:
+        atoms.info |= {"charge": charge, "spin": 2}
+    dataset = data(ions, unfitted)
+    fit_process(unfitted, dataset)
+    alone = torch.cat([energies(unfitted, data([atoms], unfitted)) for atoms in ions])
+    torch.testing.assert_close(alone, energies(unfitted, dataset), rtol=0, atol=1e-6)
+
+
+def test_rare_elements_are_among_the_inducing_atoms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "_CANDIDATES", 20)
+    elements = torch.zeros(500, dtype=torch.int64)
+    elements[[17, 333]] = 1
+    features = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
+    chosen = fit_module._inducing(features, elements)
+    assert len(chosen) == 20
+    assert {17, 333} <= set(chosen.tolist())
+
+
+def test_atoms_far_from_each_other_leave_nothing_to_fit(unfitted: Potential) -> None:
+    torn = [Atoms("OO", [[0, 0, 0], [0, 0, 9.0 + i]]) for i in range(3)]
+    for atoms in torn:
+        atoms.info |= {REF_ENERGY: -4000.0, XTB_ENERGY: -300.0}
+    assert fit_of(unfitted, torn).isfinite().all()
 
 
 def test_without_a_gfn1_label_the_learned_energy_is_below(unfitted: Potential) -> None:
@@ -246,13 +290,21 @@ def test_a_calibrated_model_survives_its_file(unfitted: Potential, tmp_path: Pat
     torch.testing.assert_close(single(graph).energy, before.energy, rtol=0, atol=1e-3)
 
 
-def test_a_file_with_another_number_of_inducing_atoms_is_refused(
-    fitted: Potential, tmp_path: Path
+@pytest.mark.parametrize(
+    ("n_inducing", "size", "message"),
+    [
+        (10**9, 1.0, r"energy_head\.factor has shape"),
+        (None, 0.0, r"energy_head\.size must be above zero"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(
+    fitted: Potential, tmp_path: Path, n_inducing: int | None, size: float, message: str
 ) -> None:
     path = tmp_path / "model.orbcalc"
     save_model(path, Committee([fitted]))
     content, tensors = read_archive(path, kind="model", version=4)
-    content["members"][0]["n_inducing"] = 10**9
+    content["members"][0]["n_inducing"] = n_inducing or fitted.n_inducing
+    tensors["0.energy_head.size"] *= size
     write_archive(path, kind="model", version=4, content=content, tensors=tensors)
-    with pytest.raises(CheckpointError, match=r"energy_head\.factor has shape"):
+    with pytest.raises(CheckpointError, match=message):
         load_model(path)
