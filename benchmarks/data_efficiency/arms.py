@@ -144,17 +144,17 @@ ARMS: dict[str, Arm] = {
         ("charges", *_ENERGY),
         pool=True,
     ),
-    "13": Arm(
-        "surrogate Δ + blocks of the pool, difference by a process",
-        {**_xtb("baseline", True), "energy_head": "process"},
-        ("charges", *_ENERGY),
-        pool=True,
-    ),
     "12f": Arm("surrogate Δ + forces of the pool", _xtb("baseline", False), _FORCES, pool=True),
     "12bf": Arm(
         "surrogate Δ + blocks and forces of the pool",
         _xtb("baseline", True),
         ("charges", *_FORCES),
+        pool=True,
+    ),
+    "13": Arm(
+        "surrogate Δ + blocks of the pool, difference by a process",
+        {**_xtb("baseline", True), "energy_head": "process"},
+        ("charges", *_ENERGY),
         pool=True,
     ),
 }

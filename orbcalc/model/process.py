@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orbcalc.model.backbone import PART_ATOMS, NodeFeatures
 
-__all__ = ["ProcessHead"]
+__all__ = ["ProcessHead", "gaussian"]
 
 #: Of the kernel between inducing atoms, so that near twins do no harm.
 _JITTER = 1e-6
@@ -98,7 +98,7 @@ class ProcessHead(nn.Module):
         self.factor = inducing.new_zeros(n_inducing, n_inducing)
         for columns in self._columns(elements).values():
             own = self.inducing[columns]
-            kernel = _gaussian(own, own)
+            kernel = gaussian(own, own)
             kernel.diagonal().add_(_JITTER)
             lower = torch.linalg.cholesky(kernel)
             identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
@@ -139,7 +139,7 @@ class ProcessHead(nn.Module):
         for element, columns in self._columns(elements).items():
             rows = (elements == element).nonzero()[:, 0]
             own, others = (features[rows] - self.centre) / self.size, self.inducing[columns]
-            yield rows, columns, _gaussian(own, others) - _gaussian(alone[None], others)
+            yield rows, columns, gaussian(own, others) - gaussian(alone[None], others)
 
     def _columns(self, elements: Tensor) -> dict[int, slice]:
         """Return where the inducing atoms of each of these elements are, if there are any."""
@@ -152,7 +152,7 @@ class ProcessHead(nn.Module):
         return {kind: slice(start, end) for kind, start, end in found if end > start}
 
 
-def _gaussian(own: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+def gaussian(own: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """Return the kernel of unit width."""
     squares = own.square().sum(1)[:, None] + others.square().sum(1)
     return (own @ others.T - squares / 2).exp()

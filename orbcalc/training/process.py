@@ -19,7 +19,7 @@ from torch import Tensor
 from orbcalc.errors import MissingLabelError
 from orbcalc.model.backbone import PART_ATOMS
 from orbcalc.model.potential import Potential
-from orbcalc.model.process import ProcessHead
+from orbcalc.model.process import ProcessHead, gaussian
 from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.statistics import (
     fit_reference_energies,
@@ -224,7 +224,7 @@ def _inducing(
         number = max(range(len(groups)), key=tops.__getitem__)
         own, left, known = features[groups[number]], unknown[number], lower[number][: ranks[number]]
         pivot = int(left.argmax())
-        kernel = (-(own - own[pivot]).square().sum(1) / 2).exp()
+        kernel = gaussian(own, own[pivot][None])[:, 0]
         column = (kernel - known[:, pivot] @ known) / left[pivot].sqrt()
         lower[number][ranks[number]] = column
         unknown[number] = (left - column.square()).clamp_min(0.0)
