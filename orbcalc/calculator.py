@@ -47,7 +47,7 @@ BATCH_ATOMS = 512
 
 #: What `predict` can be asked for.
 PREDICTED = {
-    *("energy", "forces", "stress", "charges", "orbital_charges", "features"),
+    *("energy", "forces", "stress", "charges", "orbital_charges", "features", "last_layer"),
     *("energy_uncertainty", "forces_uncertainty", "energy_interval_95", "forces_interval_95"),
 }
 
@@ -236,8 +236,9 @@ def predict(
     structures
         ASE Atoms, or pymatgen structures and molecules.
     properties
-        Any of energy, forces, stress, charges, orbital_charges, features; energy and
-        its uncertainty are always there, and of a single potential that of forces.
+        Any of energy, forces, stress, charges, orbital_charges, features, last_layer (of each
+        atom, what its energy is a linear function of, and 1 for its element); energy and its
+        uncertainty are always there, and of a single potential that of forces.
     on_error
         "raise", or "skip": a structure that cannot be computed has an empty result.
     baseline
@@ -414,6 +415,7 @@ def _results(
 
     per_atom("forces", prediction.forces)
     per_atom("charges", prediction.charges)
+    per_atom("last_layer", prediction.last_layer)
     per_atom("forces_uncertainty", prediction.forces_uncertainty)
     per_atom("forces_interval_95", prediction.forces_interval_95)
     if prediction.orbital_charges is not None:

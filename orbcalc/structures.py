@@ -28,6 +28,7 @@ __all__ = [
     "geometry",
     "has_volume",
     "hold_out",
+    "is_lone_atom",
     "multiplicity_is_possible",
     "read_structures",
     "refuse_overlap",
@@ -218,7 +219,7 @@ def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> li
         How many to choose; fewer come back where that is impossible.
     """
     elements_of = [
-        set() if _is_lone_atom(atoms) else set(atoms.numbers.tolist()) for atoms in structures
+        set() if is_lone_atom(atoms) else set(atoms.numbers.tolist()) for atoms in structures
     ]
     left = Counter(z for elements in elements_of for z in elements)
     chosen: list[int] = []
@@ -230,7 +231,8 @@ def hold_out(structures: Sequence[Atoms], order: Iterable[int], size: int) -> li
     return chosen
 
 
-def _is_lone_atom(atoms: Atoms) -> bool:
+def is_lone_atom(atoms: Atoms) -> bool:
+    """Tell whether a structure is a single atom, far from its periodic images."""
     if len(atoms) != 1 or not atoms.pbc.any():
         return len(atoms) == 1
     cell, _ = minkowski_reduce(complete_cell(atoms.cell.array), atoms.pbc)

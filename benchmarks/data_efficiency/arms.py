@@ -94,6 +94,11 @@ class Arm:
         """Whether GFN1-xTB is computed at inference."""
         return "baseline" in self.potential
 
+    @property
+    def is_process(self) -> bool:
+        """Whether cheap labels are learned before all others."""
+        return self.potential.get("energy_head") == "process"
+
 
 def _xtb(head: str, blocks: bool) -> dict[str, Any]:
     return {"xtb_head": head, **(EQUIVARIANT if blocks else {})}

@@ -45,13 +45,16 @@ def main() -> None:
         return
     settings = _settings(options)
     runs = _runs(options)
+    if options.draw == "informative" and not all(ARMS[run.arm].is_process for run in runs):
+        raise SystemExit("--draw informative needs the features of arm 13: give --arms 13")
     if options.plan:
         _print_plan(runs, options.out, settings)
         return
     torch.set_num_threads(options.threads)
     helpers = [subprocess.Popen(_command(options)) for _ in range(options.jobs - 1)]
     data, labels = _labelled_set(options)
-    _perform(runs, options.out, data, labels, settings)
+    features = options.features or options.out / "features"
+    _perform(runs, options.out, features, data, labels, settings)
     for helper in helpers:
         helper.wait()
     if options.helper:
@@ -93,9 +96,15 @@ def _options() -> argparse.Namespace:
         "--draw",
         choices=DRAWS,
         default="group",
-        help="which structures are labelled: all of a few catalysts, or a few of all",
+        help="which structures are labelled: all of a few catalysts, a few of all, or those that "
+        "tell most about all by the features of arm 13 (for that arm only)",
     )
     parser.add_argument("--labels", type=Path, help="label store; default: labels.db in --out")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        help="folder of what arm 13 learns before all energies; default: features in --out",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train")
@@ -164,7 +173,12 @@ def _runs(options: argparse.Namespace) -> list[Run]:
 
 
 def _perform(
-    runs: Sequence[Run], out: Path, data: DataSet, labels: Labelling, settings: Settings
+    runs: Sequence[Run],
+    out: Path,
+    features: Path,
+    data: DataSet,
+    labels: Labelling,
+    settings: Settings,
 ) -> None:
     """Do all runs that nobody else does; one that fails does not stop the others."""
     for number, run in enumerate(runs):
@@ -173,7 +187,7 @@ def _perform(
             f"seed {run.seed}, weight {run.weight:g}"
         )
         try:
-            perform(run, out, data, labels, settings)
+            perform(run, out, features, data, labels, settings)
         except OrbcalcError as error:
             console.print(f"    failed: {error}")
         if (result := run.result(out)) is not None:

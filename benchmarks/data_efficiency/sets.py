@@ -36,7 +36,7 @@ DFT_CHARGES = "DFT_charges"
 SETS = ("qm9", "hydroform22", "vaska")
 
 #: Ways to choose the labelled structures of the pool.
-DRAWS = ("group", "structure")
+DRAWS = ("group", "structure", "informative")
 
 #: Those with `DFT_CHARGES`.
 WITH_DFT_CHARGES = ("qm9", "vaska")
@@ -74,7 +74,9 @@ class DataSet:
     larger: list[Atoms] = field(default_factory=list)
     """Structures for cheap labels only, at random, of groups that are in no other part."""
 
-    def labelled(self, size: int, seed: int, draw: str = "group") -> list[int]:
+    def labelled(
+        self, size: int, seed: int, draw: str = "group", order: Sequence[int] = ()
+    ) -> list[int]:
         """Return which structures of the pool a run gets expensive labels of.
 
         Those of a smaller size are among those of a larger one with the same seed. The first
@@ -87,8 +89,10 @@ class DataSet:
         seed
             Of the draw.
         draw
-            One of `DRAWS`: all structures of a group before those of the next, or structures at
-            random from all groups.
+            One of `DRAWS`: all structures of a group before those of the next, structures at
+            random from all groups, or the most informative ones.
+        order
+            These.
 
         Raises
         ------
@@ -98,10 +102,10 @@ class DataSet:
         if size > len(self.pool):
             raise ValueError(f"the pool of {self.name} has {len(self.pool)} structures, not {size}")
         rng = np.random.default_rng([_SPLIT_SEED, seed])
-        if draw == "structure":
-            order = rng.permutation(len(self.pool)).tolist()
-        else:
+        if draw == "group":
             order = _grouped_order(self.pool, rng)
+        else:
+            order = [*dict.fromkeys([*order, *rng.permutation(len(self.pool)).tolist()])]
         first, seen = [], set[int]()
         for index in order:
             if not _elements(self.pool[index]) <= seen:

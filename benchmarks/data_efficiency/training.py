@@ -22,16 +22,24 @@ from reading import ReadingPotential, states_of_reading_potentials
 from sets import DataSet, barrier_pairs
 from torch import Tensor
 
+from orbcalc.active.prediction import functions_chunk
+from orbcalc.active.prior import process_columns, select_informative
 from orbcalc.config import PotentialConfig, TrainConfig, parse_config
 from orbcalc.files import read_json, replace_file, write_json
+from orbcalc.model.checkpoint import load_model, save_model
+from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
 from orbcalc.properties import REF_ENERGY
 from orbcalc.structures import structure_key
 from orbcalc.training.dataset import LabelDataset, on_device
-from orbcalc.training.statistics import charge_targets, fit_statistics
+from orbcalc.training.initial import initial_potential
+from orbcalc.training.statistics import charge_targets
 from orbcalc.training.trainer import Trainer
 
 __all__ = ["Run", "Settings", "perform"]
+
+#: Structures at most that features are validated with.
+_VALID_OF_FEATURES = 500
 
 #: Structures of the batch whose inference is timed, and how often.
 _TIMED_STRUCTURES, _REPEATS = 64, 10
@@ -76,28 +84,83 @@ class Run:
         return read_json(path) if path.exists() else None
 
 
-def perform(run: Run, out: Path, data: DataSet, labels: Labelling, settings: Settings) -> bool:
+def perform(
+    run: Run, out: Path, features: Path, data: DataSet, labels: Labelling, settings: Settings
+) -> bool:
     """Train and test unless that is done; tells whether it is.
 
     A run that was killed goes on where its state was last saved. What another process works on
-    is left alone.
+    is left alone, and runs that need its features, which are kept in a folder.
     """
     folder = run.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     with try_lock(folder / "lock") as mine:
         if mine and run.result(out) is None:
-            result = _train_and_test(run, folder, data, labels, settings)
+            start = None
+            if ARMS[run.arm].is_process:
+                start = _learned_features(run, features, data, settings)
+                if start is None:
+                    return False
+            result = _train_and_test(run, folder, start, data, labels, settings)
             write_json(folder / "result.json", result, allow_nan=True)
             (folder / "state").unlink(missing_ok=True)
     return run.result(out) is not None
 
 
+def _learned_features(run: Run, out: Path, data: DataSet, settings: Settings) -> Path | None:
+    """Train on the cheap labels of the pool, once for all sizes and draws; None elsewhere."""
+    arm, cheap = ARMS[run.arm], [*data.pool, *data.larger]
+    n_batch = settings.batch_size + settings.cheap_batch_size
+    folder = out / (
+        f"{run.arm}_{settings.preset}_{len(cheap)}_{settings.steps}x{n_batch}"
+        f"_lr{settings.learning_rate:g}_w{run.weight:g}_s{run.seed}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log = folder / "model.orbcalc", _Log(folder / "log.jsonl")
+    if path.exists():
+        return path
+    with try_lock(folder / "lock") as mine:
+        if not mine:
+            return None
+        if not path.exists():  # nor has it come since
+            config = _config(run, arm, settings)
+            tasks = config.tasks.model_copy(update={"energy": 0.0})
+            config = config.model_copy(update={"tasks": tasks})
+            train = _dataset([_prepared(a, arm, cheap_only=True) for a in cheap], config.potential)
+            valid = _dataset(data.valid[:_VALID_OF_FEATURES], config.potential)
+            state = folder / "state"
+            trainer = Trainer(train, valid, config, seed=run.seed, state_path=state, report=log)
+            potential = trainer.fit(lambda: initial_potential(config, 0, run.seed, train))
+            save_model(path, Committee([potential]), {"seconds_per_step": log.seconds_per_step()})
+            state.unlink(missing_ok=True)
+    return path
+
+
+def _informative(features: Path, data: DataSet, size: int, seed: int) -> list[int]:
+    """Choose what is labelled as `orbcalc run` chooses its first structures."""
+    functions, counts = map(
+        np.array, zip(*functions_chunk(features, "auto", data.pool), strict=True)
+    )
+    rng = np.random.default_rng(seed)
+    return select_informative(process_columns(functions, counts), size, rng=rng).tolist()
+
+
 def _train_and_test(
-    run: Run, folder: Path, data: DataSet, labels: Labelling, settings: Settings
+    run: Run,
+    folder: Path,
+    features: Path | None,
+    data: DataSet,
+    labels: Labelling,
+    settings: Settings,
 ) -> dict[str, Any]:
     arm = ARMS[run.arm]
-    config = _config(run, arm, settings)
-    structures, used = _training_structures(run, arm, data, settings.draw)
+    config = _config(run, arm, settings).model_copy(update={"start_from": features})
+    order = list[int]()
+    if settings.draw == "informative":
+        assert features is not None
+        order = _informative(features, data, run.size, run.seed)
+    chosen = data.labelled(run.size, run.seed, settings.draw, order)
+    structures, used = _training_structures(run, arm, data, chosen)
     train = _dataset(structures, config.potential)
     valid = _dataset([_prepared(a, arm) for a in data.validation(run.size)], config.potential)
     seed = int(np.random.SeedSequence([run.seed, run.size]).generate_state(1)[0])
@@ -107,6 +170,10 @@ def _train_and_test(
     with states_of_reading_potentials() if arm.reads_charges else nullcontext():
         potential = trainer.fit(lambda: _initial(config, arm, train, seed))
     census = train.census()
+    seconds_per_step = log.seconds_per_step()
+    if features is not None:
+        census |= dict.fromkeys(arm.tasks, len(used))
+        seconds_per_step = load_model(features)[1]["seconds_per_step"]
     return {
         **asdict(run),
         "text": arm.text,
@@ -116,8 +183,8 @@ def _train_and_test(
         "labels": {task: census[task] for task in ("energy", *arm.tasks)},
         "seconds_of_labels": sum(labels.seconds[key] for key in used),
         "parameters": sum(p.numel() for p in potential.parameters()),
-        "seconds_of_training": log.seconds_per_step() * config.optimizer.steps,
-        "ms_per_step": 1e3 * log.seconds_per_step(),
+        "seconds_of_training": seconds_per_step * config.optimizer.steps,
+        "ms_per_step": 1e3 * seconds_per_step,
         "valid": _errors(potential, arm, data.validation(run.size)),
         "test": _errors(potential, arm, data.test),
         "inference": _inference(potential, arm, data.test, labels),
@@ -170,16 +237,16 @@ def _config(run: Run, arm: Arm, settings: Settings) -> TrainConfig:
 
 
 def _training_structures(
-    run: Run, arm: Arm, data: DataSet, draw: str
+    run: Run, arm: Arm, data: DataSet, chosen: Sequence[int]
 ) -> tuple[list[Atoms], list[str]]:
     """Return what is trained on, and whose GFN1 labels are used."""
-    chosen = data.labelled(run.size, run.seed, draw)
     labelled, cheap = [data.pool[i] for i in chosen], list[Atoms]()
     if arm.pool:
         others = sorted({*range(len(data.pool))} - {*chosen})
         cheap = [*(data.pool[i] for i in others), *data.larger]
     structures = [_prepared(atoms, arm) for atoms in labelled]
-    structures += [_prepared(atoms, arm, cheap_only=True) for atoms in cheap]
+    if not arm.is_process:  # else they have been learned from
+        structures += [_prepared(atoms, arm, cheap_only=True) for atoms in cheap]
     if arm.shuffled:
         shuffle_blocks(structures, run.seed)
     uses_gfn1 = arm.needs_xtb or (arm.tasks and not arm.dft)
@@ -202,12 +269,12 @@ def _dataset(structures: Sequence[Atoms], config: PotentialConfig) -> LabelDatas
 
 
 def _initial(config: TrainConfig, arm: Arm, train: LabelDataset, seed: int) -> Potential:
-    statistics = fit_statistics(train, config.potential)
-    dtype = getattr(torch, config.dtype)
+    potential = initial_potential(config, 0, seed, train)
+    if not arm.reads_charges:
+        return potential
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        potential = Potential(config.potential, train.elements, train.shells, statistics, dtype)
-        return ReadingPotential.of(potential) if arm.reads_charges else potential
+        return ReadingPotential.of(potential)
 
 
 # -------------------------------------------------------------------------------- test

@@ -30,7 +30,10 @@ _SPOILS_OTHERS = re.compile(r"^$|[\n\r]")
 
 @dataclass(frozen=True)
 class RoundFiles:
-    """Files of one round; ``round.json`` is written last, so its presence completes the round."""
+    """Files of one round; ``round.json`` is written last, so its presence completes the round.
+
+    Features that are learned before the first one have those of a training.
+    """
 
     folder: Path
 
@@ -75,6 +78,7 @@ class RunFolder:
         self.inputs = self.path / "inputs.json"
         self.labels = self.path / "labels.db"
         self.model = self.path / "model.orbcalc"
+        self.features = RoundFiles(self.path / "features")
         self.certificate = self.path / "certificate.json"
         self.results = self.path / "pool.extxyz"
         self.events = self.path / "events.jsonl"

@@ -11,6 +11,10 @@ A round::
     train     and a new committee is trained on everything labelled so far, with the cheap
               labels of the whole pool if they are asked for
 
+The first round has neither a committee nor an audit. Where few energies are to be learned above
+cheap labels of the whole pool, features are learned from these first: then its batch is what
+tells most about the pool, not a random one, and training means to fit a process.
+
 At the end, every structure of the pool has a label or a prediction of the released model in one
 file (:mod:`orbcalc.active.output`).
 
@@ -150,6 +154,7 @@ class ActiveLearning:
         pool = this.grow_pool(self._inputs)
         self._inputs = None  # they are in the folder now
         this.label_pool(pool)
+        this.learn_features(pool)
         selection = this.select(pool)
         look = None
         if number > 0:

@@ -1,86 +1,158 @@
-"""Committees through an executor: trained on what is labelled, asked about what is not."""
+"""Committees trained through an executor: on cheap labels, and on what is labelled so far."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RoundFiles, write_structures
-from orbcalc.active.quantities import expected_error
 from orbcalc.config import (
     PROCESS_LABELS,
-    PotentialConfig,
     RunConfig,
     TrainConfig,
     dump_config,
     load_config,
 )
-from orbcalc.errors import ConfigError, MissingLabelError, OrbcalcError, StructureError
-from orbcalc.files import append_json, write_text
+from orbcalc.errors import ConfigError, OrbcalcError
+from orbcalc.files import append_json, read_jsonl, write_text
+from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.properties import XTB_ENERGY
-from orbcalc.structures import hold_out, structure_key
+from orbcalc.structures import hold_out, is_lone_atom, structure_key
 
-__all__ = [
-    "predict_pool", "predict_results", "train_committee", "with_baseline", "write_training_set",
-]  # fmt: skip
+__all__ = ["train_committee", "write_features_set", "write_training_set"]
 
-#: Structures that a worker predicts in one task.
-CHUNK = 256
+#: Structures at most that the training of features is validated with.
+_MOST_HELD_OUT = 500
 
-T = TypeVar("T")
 #: Configuration file, member, log, number of the round, device.
 TrainTask = tuple[str, int, str, int, str]
 
 
-# ---------------------------------------------------------------------------- training
+def write_features_set(
+    files: RoundFiles,
+    pool: Mapping[str, Atoms],
+    store: LabelStore,
+    config: RunConfig,
+    *,
+    seed: int,
+) -> bool:
+    """Write what features are learned from, if a process is to be fitted on them.
+
+    That is so where it is asked for; by default where energies alone are learned and begin few,
+    and cheap labels are those of the whole pool, which nothing enlarges and no lone atom is in.
+
+    Parameters
+    ----------
+    files
+        Of the features.
+    pool
+        By structure key.
+    store
+        Of the labels.
+    config
+        Of the run.
+    seed
+        Of the training.
+
+    Returns
+    -------
+    bool
+        Whether they are to be learned.
+    """
+    is_fixed = config.pool.charges and config.pool.md is None
+    is_few = config.selection.initial <= PROCESS_LABELS
+    training = _training_config(files, config, seed).resolved(
+        cheap_only=config.pool.charges,
+        few_energies=is_fixed and is_few and not any(map(is_lone_atom, pool.values())),
+    )
+    if training.potential.energy_head != "process":
+        return False
+    known = set(store.keys("charges", LabelStatus.ok))
+    cheap = store.labelled_atoms([key for key in pool if key in known])
+    fraction = min(config.selection.valid_fraction, _MOST_HELD_OUT / max(len(cheap), 1))
+    held_out = _held_out(cheap, fraction)
+    if not any(held_out):
+        return False
+    tasks = training.tasks.model_copy(update={"energy": 0.0})
+    _write(files, cheap, held_out, training.model_copy(update={"tasks": tasks}))
+    return True
+
+
 def write_training_set(
     files: RoundFiles,
-    labelled: Sequence[Atoms],
-    cheap: Sequence[Atoms],
+    pool: Collection[str],
+    store: LabelStore,
     config: RunConfig,
     *,
     seed: int,
     start_from: Path | None,
+    features: Path,
 ) -> None:
-    """Divide labelled structures and write them with the configuration of their training.
+    """Divide what is labelled so far and write it with the configuration of its training.
 
     Parameters
     ----------
     files
         Of the round that the committee belongs to.
-    labelled
-        Structures with reference labels.
-    cheap
-        Structures with cheap labels only.
+    pool
+        Structure keys.
+    store
+        Of the labels.
     config
         Of the run.
     seed
         Of the training.
     start_from
         Model whose weights to begin with.
+    features
+        Model, if it is there, on whose features a process is fitted while energies are few.
 
     Raises
     ------
     ConfigError
         If they are too few.
     """
+    known = set(store.keys("reference", LabelStatus.ok))
+    with_charges = set(store.keys("charges", LabelStatus.ok))
+    only_cheap = with_charges - known if config.pool.charges else set[str]()
+    if config.potential.baseline != "none":
+        known &= with_charges  # of the others the difference is not known
+    labelled, cheap = (
+        store.labelled_atoms([key for key in pool if key in own]) for own in (known, only_cheap)
+    )
     held_out = _held_out(labelled, config.selection.valid_fraction)
-    train_file, valid_file = files.folder / "train.extxyz", files.folder / "valid.extxyz"
-    known = [atoms for atoms, out in zip(labelled, held_out, strict=True) if not out]
-    valid = [atoms for atoms, out in zip(labelled, held_out, strict=True) if out]
-    write_structures(train_file, [*known, *cheap])
-    write_structures(valid_file, valid)
-    training = TrainConfig(  # with paths from its own folder, which may be copied or moved
-        train=(Path(train_file.name),),
-        valid=(Path(valid_file.name),),
+    if not any(held_out):
+        raise ConfigError(
+            f"{len(labelled)} labelled structure(s) are too few to train on: none can be held out "
+            f"for validation. Look at the failed labels, or begin another run with a larger "
+            f"selection.initial."
+        )
+    is_few = features.exists() and len(labelled) - sum(held_out) <= PROCESS_LABELS
+    seen = {z for a in (*labelled, *cheap) if XTB_ENERGY in a.info for z in a.numbers}
+    is_covered = all(z in seen for atoms in labelled for z in atoms.numbers)
+    training = _training_config(files, config, seed).resolved(
+        cheap_only=config.pool.charges, few_energies=is_few and is_covered
+    )
+    if features.exists() and is_covered and training.potential.energy_head == "process":
+        start_from, cheap = features, []  # which have been learned from
+    if start_from is not None:  # paths from its own folder, which may be copied or moved
+        start_from = Path(os.path.relpath(start_from, files.folder))
+        training = training.model_copy(update={"start_from": start_from})
+    _write(files, [*labelled, *cheap], [*held_out, *(False for _ in cheap)], training)
+
+
+def _training_config(files: RoundFiles, config: RunConfig, seed: int) -> TrainConfig:
+    """Return the configuration of a training, with the names that `_write` gives its files."""
+    return TrainConfig(
+        train=(Path("train.extxyz"),),
+        valid=(Path("valid.extxyz"),),
         output=Path(files.model.name),
         seed=seed,
         committee=config.committee,
@@ -88,14 +160,16 @@ def write_training_set(
         potential=config.potential,
         tasks=config.tasks,
         optimizer=config.optimizer,
-        start_from=start_from and Path(os.path.relpath(start_from, files.folder)),
-    ).resolved(  # in all rounds alike, as long as labels are few, so that they go on training
-        cheap_only=config.pool.charges,
-        few_energies=config.pool.md is None
-        and len(known) <= PROCESS_LABELS
-        and all(len(atoms) > 1 or atoms.pbc.any() for atoms in known)
-        and any(XTB_ENERGY in atoms.info for atoms in valid),
     )
+
+
+def _write(
+    files: RoundFiles, structures: Sequence[Atoms], held_out: Sequence[bool], training: TrainConfig
+) -> None:
+    pairs = list(zip(structures, held_out, strict=True))
+    for name, is_out in (("train.extxyz", False), ("valid.extxyz", True)):
+        own = [atoms for atoms, out in pairs if out is is_out]
+        write_structures(files.folder / name, own)
     write_text(files.train, dump_config(training))
 
 
@@ -105,7 +179,7 @@ def train_committee(
     metrics: Path,
     number: int,
     device: str,
-    on_wait: Callable[[], None],
+    report: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
     """Train the members on the model workers, then join them.
 
@@ -121,8 +195,8 @@ def train_committee(
         Of the round, noted with the metrics.
     device
         Where the members are trained; that of the file is not used.
-    on_wait
-        Called while the members are trained.
+    report
+        Receives what comes to the log.
 
     Returns
     -------
@@ -135,14 +209,24 @@ def train_committee(
     OrbcalcError
         If a member cannot be trained.
     """
+    seen = len(read_jsonl(metrics))
+
+    def pass_on() -> None:
+        nonlocal seen
+        records = read_jsonl(metrics)
+        for record in records[seen:]:
+            report(record)
+        seen = len(records)
+
     path = str(config_file.absolute())
     tasks: list[TrainTask] = [
         (path, member, str(metrics.absolute()), number, device)
         for member in range(load_config(path, TrainConfig).committee)
     ]
-    for task, outcome in executor.map(train_on_worker, tasks, "model", on_wait=on_wait):
+    for task, outcome in executor.map(train_on_worker, tasks, "model", on_wait=pass_on):
         if isinstance(outcome, Exception):
             raise OrbcalcError(f"training of member {task[1]} failed: {outcome!r}") from outcome
+    pass_on()
     ((_, joined),) = executor.map(finish_on_worker, [(path, device)], "model")
     if isinstance(joined, Exception):
         raise OrbcalcError(f"the committee could not be made: {joined!r}") from joined
@@ -192,140 +276,4 @@ def _held_out(structures: Sequence[Atoms], fraction: float) -> list[bool]:
     size = sum(score < fraction for score in scores)
     order = np.argsort(scores).tolist()
     chosen = set(hold_out(structures, order, min(max(size, 1), max(len(structures) // 2, 1))))
-    if not chosen:
-        raise ConfigError(
-            f"{len(structures)} labelled structure(s) are too few to train on: none can be held "
-            f"out for validation. Look at the failed labels, or begin another run with a larger "
-            f"selection.initial."
-        )
     return [index in chosen for index in range(len(structures))]
-
-
-# -------------------------------------------------------------------------- prediction
-def with_baseline(
-    potential: PotentialConfig, store: LabelStore, structures: Mapping[str, Atoms]
-) -> list[Atoms]:
-    """Return structures, by structure key, as predictions need them.
-
-    Above a computed baseline they carry its labels of the store; one whose label failed carries
-    none, and cannot be predicted.
-    """
-    if potential.baseline == "none":
-        return list(structures.values())
-    return store.labelled_atoms(structures)
-
-
-def predict_pool(
-    executor: Executor,
-    model: Path,
-    structures: Sequence[Atoms],
-    device: str,
-    *,
-    quantity: str = "energy_per_atom",
-    forces: bool = False,
-) -> list[dict[str, Any]]:
-    """Predict energy, its uncertainty per atom, features, and forces if asked for.
-
-    Returns
-    -------
-    list of dict
-        Empty for a structure that cannot be predicted. ``score`` is the expected error of the
-        quantity, see `quantities.expected_error`.
-
-    Raises
-    ------
-    OrbcalcError
-        If the model cannot predict at all.
-    """
-    return _in_chunks(executor, partial(predict_chunk, model, device, quantity, forces), structures)
-
-
-def predict_results(
-    executor: Executor, model: Path, structures: Sequence[Atoms], device: str
-) -> list[dict[str, Any] | str]:
-    """Predict what a calculator would hold: energy, forces, stress in a volume, uncertainties.
-
-    There is no stress above a computed baseline, whose labels hold none.
-
-    Returns
-    -------
-    list of dict or str
-        As :func:`orbcalc.predict`; for a structure that cannot be predicted, why.
-
-    Raises
-    ------
-    OrbcalcError
-        If the model cannot predict at all.
-    """
-    return _in_chunks(executor, partial(predict_results_chunk, model, device), structures)
-
-
-def _in_chunks(
-    executor: Executor, function: Callable[[list[Atoms]], list[T]], structures: Sequence[Atoms]
-) -> list[T]:
-    """Call a function with some structures at a time, on the model workers."""
-    chunks = [
-        (start, list(structures[start : start + CHUNK]))
-        for start in range(0, len(structures), CHUNK)
-    ]
-    found: dict[int, list[T]] = {}
-    for (start, _), outcome in executor.map(partial(_on_chunk, function), chunks, "model"):
-        if isinstance(outcome, Exception):
-            raise OrbcalcError(f"prediction failed: {outcome!r}") from outcome
-        found[start] = outcome
-    return [item for start in sorted(found) for item in found[start]]
-
-
-def _on_chunk(function: Callable[[list[Atoms]], T], chunk: tuple[int, list[Atoms]]) -> T:
-    return function(chunk[1])
-
-
-def predict_results_chunk(
-    model: Path, device: str, structures: list[Atoms]
-) -> list[dict[str, Any] | str]:
-    """Predict some structures on a model worker."""
-    from orbcalc.calculator import open_model, predict
-
-    committee, _ = open_model(model, device=device)
-
-    def or_why_not(atoms: Atoms, result: dict[str, Any]) -> dict[str, Any] | str:
-        if not result:
-            try:
-                (result,) = predict(committee, [atoms], baseline="labels")
-            except (StructureError, MissingLabelError) as error:
-                return str(error)
-        bad = [name for name, value in result.items() if not np.isfinite(value).all()]
-        return f"not finite: {', '.join(bad)}" if bad else result
-
-    results = predict(committee, structures, on_error="skip", baseline="labels")
-    return [or_why_not(*pair) for pair in zip(structures, results, strict=True)]
-
-
-def predict_chunk(
-    model: Path, device: str, quantity: str, forces: bool, structures: list[Atoms]
-) -> list[dict[str, Any]]:
-    """Predict some structures on a model worker."""
-    from orbcalc.calculator import predict
-
-    more = ("forces",) if forces else ()
-    scored = ("forces_uncertainty",) if quantity == "forces" else ()
-    results = predict(
-        model,
-        structures,
-        ("energy", "features", *scored, *more),
-        device=device,
-        on_error="skip",
-        baseline="labels",
-    )
-    return [
-        {
-            "energy": result["energy"],
-            "uncertainty": result["energy_uncertainty"] / len(atoms),
-            "features": result["features"],
-            "score": expected_error(quantity, result, len(atoms)),
-            **{name: result[name] for name in more},
-        }
-        if result
-        else {}
-        for atoms, result in zip(structures, results, strict=True)
-    ]

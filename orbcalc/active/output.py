@@ -11,7 +11,7 @@ from ase import Atoms
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.executor import Executor
 from orbcalc.active.folder import RunFolder, write_structures
-from orbcalc.active.modelling import predict_results, with_baseline
+from orbcalc.active.prediction import predict_results, with_baseline
 from orbcalc.config import RunConfig
 from orbcalc.errors import CheckpointError
 from orbcalc.files import file_sha256

@@ -21,21 +21,24 @@ from orbcalc.active.decisions import (
     take_look,
 )
 from orbcalc.active.executor import Executor
-from orbcalc.active.folder import RunFolder, write_structures
+from orbcalc.active.folder import RoundFiles, RunFolder, write_structures
 from orbcalc.active.inputs import Inputs, read_inputs
 from orbcalc.active.labelling import all_failed, label_into_store, refuse_all_failed
-from orbcalc.active.modelling import (
+from orbcalc.active.modelling import train_committee, write_features_set, write_training_set
+from orbcalc.active.prediction import (
+    finite_numbers,
+    joined_features,
+    pool_functions,
     predict_pool,
-    train_committee,
     with_baseline,
-    write_training_set,
 )
+from orbcalc.active.prior import process_columns, select_informative
 from orbcalc.active.quantities import QUANTITIES, prediction_error
 from orbcalc.active.sampling import Walk, bootstrap_walk, committee_walk, walk_tasks
 from orbcalc.active.selection import draw_audit, power_law_costs
 from orbcalc.config import RunConfig
 from orbcalc.errors import OrbcalcError
-from orbcalc.files import read_json, read_jsonl, write_json
+from orbcalc.files import read_json, write_json
 from orbcalc.labels.compute import label_kinds
 from orbcalc.labels.label import Kind, Label, LabelStatus
 from orbcalc.labels.store import LabelStore
@@ -44,6 +47,9 @@ from orbcalc.structures import structure_key
 __all__ = ["Notify", "Round"]
 
 logger = logging.getLogger(__name__)
+
+#: Structures that the first ones are chosen among.
+_MOST_CANDIDATES = 20_000
 
 Notify = Callable[[Mapping[str, Any]], None]
 
@@ -131,9 +137,21 @@ class Round:
             self._event("walk", frames=len(outcome.frames), ended=outcome.reason)
         return [walks[walker] for walker in sorted(walks)]
 
+    # ------------------------------------------------------------------------- features
+    def learn_features(self, pool: Mapping[str, Atoms]) -> None:
+        """Learn from the cheap labels of the pool, once, what a process will be fitted on."""
+        files = self.folder.features
+        if self.number > 0 or files.model.exists():
+            return
+        if not files.train.exists():
+            seed = int(self._rng("training").integers(2**31))
+            if not write_features_set(files, pool, self.store, self.config, seed=seed):
+                return
+        self._train(files, "features")
+
     # ------------------------------------------------------------------------ selection
     def select(self, pool: Mapping[str, Atoms]) -> dict[str, Any]:
-        """Choose what the look is taken at; in the first round, what is labelled at random.
+        """Choose what the look is taken at; in the first round, what is labelled first.
 
         The selection has the keys of the ``audit`` in the order in which they are labelled, those
         of the ``batch`` as soon as it is chosen, and the ``predictions`` for either.
@@ -144,9 +162,7 @@ class Round:
         open_keys = self._open_keys(pool)
         selection: dict[str, Any] = {"open": len(open_keys), "audit": [], "predictions": {}}
         if self.committee is None:
-            size = self._affordable(self.config.selection.initial)
-            drawn = draw_audit(len(open_keys), size, self._rng("batch"))
-            selection["batch"] = [open_keys[i] for i in drawn]
+            selection["batch"] = self._first(open_keys, pool)
         else:
             self._predict(open_keys, pool)
             if self._by_audit:
@@ -168,7 +184,7 @@ class Round:
             self._predict([key for key in pool if key in before], pool)
         selection["batch"] = self._hardest(open_keys, pool)
         kept = {key: self._predictions[key] for key in selection["batch"]}
-        selection["predictions"] = {**_finite(kept), **selection["predictions"]}
+        selection["predictions"] = {**finite_numbers(kept), **selection["predictions"]}
         self._keep(selection, open_keys)
 
     def _keep(self, selection: Mapping[str, Any], open_keys: Sequence[str]) -> None:
@@ -193,12 +209,24 @@ class Round:
         )
         self._predictions = dict(zip(keys, found, strict=True))
 
+    def _first(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> list[str]:
+        """Choose what tells most about the pool, where features are known, or at random."""
+        size, rng = self._affordable(self.config.selection.initial), self._rng("batch")
+        features = self.folder.features.model
+        if not features.exists() or self.config.selection.method == "random":
+            return [open_keys[i] for i in draw_audit(len(open_keys), size, rng)]
+        some = rng.permutation(len(open_keys))[:_MOST_CANDIDATES]
+        structures = [pool[open_keys[i]] for i in some]
+        found = pool_functions(self.executor, features, structures, self.config.device)
+        drawn = select_informative(process_columns(*found), size, rng=rng)
+        return [open_keys[some[i]] for i in drawn]
+
     def _hardest(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> list[str]:
         predictions = [self._predictions[key] for key in open_keys]
         chosen = choose_batch(
             [p["score"] if p else np.nan for p in predictions],
             self.config.selection,
-            features=_features(predictions),
+            features=joined_features(predictions),
             costs=self._costs(open_keys, pool) if self.config.selection.cost_aware else None,
             **self._terms(pool),
         )
@@ -209,13 +237,13 @@ class Round:
     ) -> dict[str, dict[str, Any]]:
         """Return what the committee says of the sample of a look, for the records."""
         if self.config.certificate.quantity != "forces":
-            return _finite({key: self._predictions[key] for key in sample})
+            return finite_numbers({key: self._predictions[key] for key in sample})
         assert self.committee is not None  # forces: too many to keep of all
         structures = self._predictable({key: pool[key] for key in sample})
         found = predict_pool(
             self.executor, self.committee, structures, self.config.device, forces=True
         )
-        return _finite(dict(zip(sample, found, strict=True)), "forces")
+        return finite_numbers(dict(zip(sample, found, strict=True)), "forces")
 
     def _open_keys(self, pool: Mapping[str, Atoms]) -> list[str]:
         decided = {*self._decided()}
@@ -377,38 +405,27 @@ class Round:
         if self.files.model.exists():
             return
         if not self.files.train.exists():
-            known = set(self.store.keys("reference", LabelStatus.ok))
-            with_charges = set(self.store.keys("charges", LabelStatus.ok))
-            cheap = with_charges - known if self.config.pool.charges else set[str]()
-            if self.config.potential.baseline != "none":
-                known &= with_charges  # of the others the difference is not known
             write_training_set(
                 self.files,
-                self.store.labelled_atoms([key for key in pool if key in known]),
-                self.store.labelled_atoms([key for key in pool if key in cheap]),
+                pool,
+                self.store,
                 self.config,
                 seed=int(self._rng("training").integers(2**31)),
                 start_from=self.committee if self.config.warm_start else None,
+                features=self.folder.features.model,
             )
-        seen = len(read_jsonl(self.folder.metrics))
+        self._train(self.files, "trained")
 
-        def pass_on_metrics() -> None:
-            nonlocal seen
-            records = read_jsonl(self.folder.metrics)
-            for record in records[seen:]:
-                self.notify({"event": "training", **record})
-            seen = len(records)
-
+    def _train(self, files: RoundFiles, event: str) -> None:
         found = train_committee(
             self.executor,
-            self.files.train,
+            files.train,
             self.folder.metrics,
             self.number,
             self.config.device,
-            pass_on_metrics,
+            lambda record: self.notify({"event": "training", **record}),
         )
-        pass_on_metrics()
-        self._event("trained", model=str(self.files.model.absolute()), **found)
+        self._event(event, model=str(files.model.absolute()), **found)
 
     # ----------------------------------------------------------------------------- end
     def finish(self, pool: Mapping[str, Atoms], look: Look | None) -> None:
@@ -431,20 +448,3 @@ class Round:
 
     def _rng(self, purpose: Stream) -> np.random.Generator:
         return stream(self.config.seed, self.number, purpose)
-
-
-def _finite(predictions: Mapping[str, Mapping[str, Any]], *more: str) -> dict[str, dict[str, Any]]:
-    """Return the numbers of each prediction that has an energy, if all are finite."""
-    names = ("energy", "uncertainty", *more)
-    return {
-        key: {name: np.asarray(p[name]).tolist() for name in names if name in p}
-        for key, p in predictions.items()
-        if "energy" in p and all(np.isfinite(p[name]).all() for name in names if name in p)
-    }
-
-
-def _features(predictions: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    width = next((len(p["features"]) for p in predictions if p), None)
-    if width is None:
-        return None
-    return np.array([p["features"] if p else np.full(width, np.nan) for p in predictions])

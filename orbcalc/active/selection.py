@@ -65,7 +65,7 @@ def draw_audit(
     """
     n_candidates = as_count(n_candidates, "n_candidates")
     size = min(as_count(size, "size"), n_candidates)
-    _check_generator(rng)
+    check_generator(rng)
     return np.sort(rng.choice(n_candidates, size=size, replace=False, shuffle=False))
 
 
@@ -105,9 +105,9 @@ def select_batch(
     >>> select_batch("uncertainty", [4, 3, 1], 1, costs=[8, 1, 1], rng=rng).tolist()
     [1]
     """
-    hardness = _numbers(scores, "scores", n_axes=1)
+    hardness = as_numbers(scores, "scores", n_axes=1)
     if method == "random":
-        _check_generator(rng)
+        check_generator(rng)
         shuffled: Int[np.ndarray, " n"] = rng.permutation(len(hardness))
         return shuffled[: as_count(size, "size")]
     if costs is not None:
@@ -144,7 +144,10 @@ def score_per_cost(scores: npt.ArrayLike, costs: npt.ArrayLike) -> Float[np.ndar
     >>> score_per_cost([1.0, 4.0, np.nan], [2.0, 2.0, 5.0]).tolist()
     [0.5, 2.0, inf]
     """
-    hardness, divisors = _numbers(scores, "scores", n_axes=1), _numbers(costs, "costs", n_axes=1)
+    hardness, divisors = (
+        as_numbers(scores, "scores", n_axes=1),
+        as_numbers(costs, "costs", n_axes=1),
+    )
     if hardness.shape != divisors.shape:
         raise ConfigError(f"{len(divisors)} costs for {len(hardness)} scores: give one for each")
     if not (np.isfinite(divisors) & (divisors > 0)).all():
@@ -183,8 +186,8 @@ def power_law_costs(
     >>> power_law_costs([40], [10, 20], [1.0, 8.0]).round(6).tolist()
     [64.0]
     """
-    wanted, x = _numbers(sizes, "sizes", n_axes=1), _numbers(known_sizes, "sizes", n_axes=1)
-    y = _numbers(known_costs, "costs", n_axes=1)
+    wanted, x = as_numbers(sizes, "sizes", n_axes=1), as_numbers(known_sizes, "sizes", n_axes=1)
+    y = as_numbers(known_costs, "costs", n_axes=1)
     if x.shape != y.shape:
         raise ConfigError(f"{len(y)} costs for {len(x)} known sizes: give one for each")
     if not ((wanted > 0).all() and (x > 0).all()):
@@ -226,8 +229,8 @@ def select_diverse(
     >>> 2 in chosen
     True
     """
-    points = _numbers(features, "features", n_axes=2)
-    _check_generator(rng)
+    points = as_numbers(features, "features", n_axes=2)
+    check_generator(rng)
     order: Int[np.ndarray, " n"] = rng.permutation(len(points))
     size = min(as_count(size, "size"), len(points))
     return np.take(order, _farthest_points(points[order], size))
@@ -267,9 +270,9 @@ def select_determinant(
     >>> select_determinant([3, 2.9, 1], 2, features=[[0], [0.1], [9]], rng=rng).tolist()
     [0, 2]
     """
-    hardness = _numbers(scores, "scores", n_axes=1)
+    hardness = as_numbers(scores, "scores", n_axes=1)
     points = _points(features, len(hardness))
-    _check_generator(rng)
+    check_generator(rng)
     size = min(as_count(size, "size"), len(hardness))
     order: Int[np.ndarray, " n"] = rng.permutation(len(hardness))
     hardness, points = hardness[order], _standardised(points[order])
@@ -350,9 +353,9 @@ def select_hardest(
     >>> select_hardest([3, 2, 1, 0], 2, features=[[0], [0.1], [5], [9]], rng=rng).tolist()
     [0, 3]
     """
-    hardness = _numbers(scores, "scores", n_axes=1)
+    hardness = as_numbers(scores, "scores", n_axes=1)
     size = min(as_count(size, "size"), len(hardness))
-    _check_generator(rng)
+    check_generator(rng)
     if not (np.isfinite(diversity) and diversity >= 1):
         raise ConfigError(f"diversity is {diversity}, expected a finite number of at least 1")
     hardness = np.where(np.isfinite(hardness), hardness, np.inf)
@@ -384,7 +387,8 @@ def _farthest_points(points: Float[np.ndarray, "n d"], size: int) -> Int[np.ndar
     return chosen
 
 
-def _numbers(values: npt.ArrayLike, name: str, *, n_axes: int) -> npt.NDArray[np.float64]:
+def as_numbers(values: npt.ArrayLike, name: str, *, n_axes: int) -> npt.NDArray[np.float64]:
+    """Return an argument as an array of numbers, or raise a ConfigError."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -396,7 +400,7 @@ def _numbers(values: npt.ArrayLike, name: str, *, n_axes: int) -> npt.NDArray[np
 
 
 def _points(features: npt.ArrayLike, n: int) -> Float[np.ndarray, "n d"]:
-    points = _numbers(features, "features", n_axes=2)
+    points = as_numbers(features, "features", n_axes=2)
     if len(points) != n:
         raise ConfigError(f"features have {len(points)} rows for {n} scores: give one row for each")
     return points
@@ -413,7 +417,8 @@ def as_count(value: int, name: str) -> int:
     return count
 
 
-def _check_generator(rng: object) -> None:
+def check_generator(rng: object) -> None:
+    """Raise a ConfigError for what is no random generator."""
     if not isinstance(rng, np.random.Generator):
         raise ConfigError(
             f"rng is {type(rng).__name__}, expected a numpy.random.Generator: "

@@ -100,6 +100,11 @@ def event_in_words(record: Mapping[str, Any]) -> str:
     if event == "labelled":
         statuses = ", ".join(f"{count} {status}" for status, count in record["statuses"].items())
         return f"{where}labelled {record['structures']} ({record['purpose']}): {statuses} labels"
+    if event == "features":
+        return (
+            f"{where}features learned from the cheap labels of {record['n_cheap']}: "
+            f"{_errors_in_words(record['errors'])} on {record['n_valid']} held out"
+        )
     if event == "trained":
         cheap = f" (and {record['n_cheap']} with cheap labels)" if record["n_cheap"] else ""
         return (
@@ -132,6 +137,8 @@ def _errors_in_words(errors: Mapping[str, Any]) -> str:
         parts.append(f"energy MAE {1000 * errors['energy_mae']:.2f} meV/atom")
     if "forces_mae" in errors:
         parts.append(f"force MAE {1000 * errors['forces_mae']:.1f} meV/Å")
+    if "xtb_energy_mae" in errors and "energy_mae" not in errors:
+        parts.append(f"GFN1-xTB energy MAE {1000 * errors['xtb_energy_mae']:.2f} meV/atom")
     if "charges_mae" in errors:
         parts.append(f"charge block MAE {1000 * errors['charges_mae']:.1f} me")
     return ", ".join(parts)

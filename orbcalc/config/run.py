@@ -96,7 +96,12 @@ class SelectionConfig(StrictModel):
         default="uncertainty",
         description="uncertainty: the least certain of what the certificate is about, spread out",
     )
-    initial: int = Field(default=50, ge=2, description="random structures of the first round")
+    initial: int = Field(
+        default=50,
+        ge=2,
+        description="structures of the first round: those that tell most about the pool, where a "
+        "process is fitted to energies (see potential.energy_head), otherwise random",
+    )
     batch: int = Field(default=40, ge=1, description="hardest structures of each later round")
     audit: int = Field(
         default=200, ge=1, description="most random structures labelled before they are trained on"
@@ -195,7 +200,9 @@ class RunConfig(StrictModel):
     )
     device: str = "auto"
     warm_start: bool = Field(
-        default=True, description="train on from the committee of the last round"
+        default=True,
+        description="train on from the committee of the last round; features that a process is "
+        "fitted on are learned once in any case",
     )
     pool: PoolConfig
     labels: LabelConfig = LabelConfig()

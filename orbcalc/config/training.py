@@ -88,7 +88,8 @@ class PotentialConfig(StrictModel):
         description="what the energy, or its difference from the learned GFN1-xTB energy, is made "
         "of; network: trained with all else; process: a Gaussian process on features that cheap "
         "labels alone have taught, fitted in closed form, which serves few labels best and needs "
-        "xtb_head: baseline; lone atoms are not learned; default: process where no forces are "
+        "xtb_head: baseline (with tasks.energy: 0 only the features are learned, to start_from); "
+        "lone atoms are not learned; default: process where no forces are "
         f"learned, there are at most {PROCESS_LABELS:,} energies, none of a lone atom, and as many "
         "structures or more with cheap labels only (in `orbcalc run`: pool.charges, without md); "
         "otherwise network",
@@ -199,11 +200,11 @@ class TaskWeights(StrictModel):
             if task in self.active and getattr(potential, head) == "none":
                 raise ValueError(f"tasks.{task} has weight, but potential.{head} is none")
         if potential.energy_head == "process":
-            if self.reference != ("energy",):
+            if self.forces or self.stress:
                 raise ValueError(
                     f"potential.energy_head: process is fitted to energies alone, but tasks learn "
-                    f"{' and '.join(self.reference) or 'none'}: give tasks.energy a weight and "
-                    f"set tasks.forces and tasks.stress to 0, or choose energy_head: network"
+                    f"{' and '.join(self.reference)}: set tasks.forces and tasks.stress to 0, or "
+                    f"choose energy_head: network"
                 )
             if self.xtb_energy == 0:
                 raise ValueError(
@@ -280,7 +281,8 @@ class TrainConfig(StrictModel):
         description="a model whose weights to begin with, if it has the same architecture, "
         "elements and number of members; its scales are kept, and its reference energies moved "
         "where others are given or the labels are of another method; of one with energy_head: "
-        "process the features stay, whatever cheap labels are new, and the process is fitted anew",
+        "process the features stay, whatever cheap labels are new, and the process is fitted anew "
+        "(to structures of its elements)",
     )
     reference_energies: dict[str, float] | None = Field(
         default=None,

@@ -289,6 +289,7 @@ def _model_facts(folder: RunFolder, rounds: Sequence[RoundFacts]) -> dict[str, s
         parameters = sum(weight.numel() for weight in first.parameters())
         training = metadata.get("training_set", {})
         return {
+            **_features_facts(folder),
             "newest model": f"round {facts.number}: committee of {len(committee.members)}, "
             f"{parameters:,} parameters each, cutoff {committee.cutoff:g} Å",
             "trained on": f"{training.get('n_train', '?')} structures, "
@@ -296,6 +297,15 @@ def _model_facts(folder: RunFolder, rounds: Sequence[RoundFacts]) -> dict[str, s
             f"{training.get('n_valid', '?')} held out; SHA-256 {training.get('sha256', '?')[:16]}",
         }
     return {}
+
+
+def _features_facts(folder: RunFolder) -> dict[str, str]:
+    """Tell what features were learned from before the first round, if they were."""
+    if not folder.features.model.is_file():
+        return {}
+    training = load_model(folder.features.model)[1].get("training_set", {})
+    learned = f"cheap labels of {training.get('n_cheap', '?')} structures"
+    return {"features": f"{learned}, {training.get('n_valid', '?')} held out"}
 
 
 def _last(events: Sequence[Mapping[str, Any]], name: str, number: int) -> Mapping[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +15,6 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from jaxtyping import Float
 from torch import Tensor
 
-from orbcalc.config import TaskWeights
 from orbcalc.errors import LabelError, MissingLabelError
 from orbcalc.graph import AtomGraph
 from orbcalc.model.potential import Potential
@@ -164,6 +164,13 @@ class LabelDataset:
         rows = [torch.bincount(g.numbers, minlength=119)[self.elements] for g in self.graphs]
         return torch.stack(rows).double()
 
+    def with_elements(self, elements: Sequence[int]) -> LabelDataset:
+        """Return the same structures as those of a potential that covers these elements."""
+        found = copy(self)
+        found.__dict__.pop("element_counts", None)
+        found.elements = sorted(elements)
+        return found
+
     def labelled(self, tasks: Iterable[str]) -> list[int]:
         """Return the structures that have a label of any of these tasks."""
         wanted = list(tasks)
@@ -187,8 +194,8 @@ class LabelDataset:
         """Count the structures that carry each label."""
         return {task: sum(t.has(task) for t in self.targets) for task in _SOURCES}
 
-    def require(self, tasks: TaskWeights, name: str = "the training set") -> None:
-        """Check that every task with weight has labels.
+    def require(self, tasks: Iterable[str]) -> None:
+        """Check that every one of these tasks has labels.
 
         Raises
         ------
@@ -196,7 +203,7 @@ class LabelDataset:
             With a census of what is there.
         """
         census = self.census()
-        missing = [task for task in tasks.active if census[task] == 0]
+        missing = [task for task in tasks if census[task] == 0]
         if not missing:
             return
         found = ", ".join(f"{task} {count}" for task, count in census.items())
@@ -205,7 +212,7 @@ class LabelDataset:
             for task in missing
         )
         raise MissingLabelError(
-            f"{name} ({len(self)} structures) has labels for: {found}. {remedy}; "
+            f"the training set ({len(self)} structures) has labels for: {found}. {remedy}; "
             f"or set `tasks: {{{missing[0]}: 0}}`. {OWN_LABELS}"
         )
 

@@ -41,7 +41,7 @@ def initial_potential(
 ) -> Potential:
     """Return the potential that the training of a member begins with.
 
-    One with a fitted process has learned its features, which stay.
+    One with a process has learned its features, which stay.
 
     Parameters
     ----------
@@ -68,18 +68,20 @@ def initial_potential(
         committee, metadata = load_model(
             config.start_from, device=resolve_device(config.device), dtype=dtype
         )
+        is_process = config.potential.energy_head == "process"
+        elements, covered = {*train_set.elements}, {*committee.first.elements}
         fits = (
             len(committee.members) == config.committee
             and _sizes(committee.first.config) == _sizes(config.potential)
-            and list(committee.first.elements) == train_set.elements
+            and (elements <= covered if is_process else elements == covered)
             and train_set.shells.items() <= committee.first.shells.items()
         )
         if fits:
             potential = committee.members[member]
             assert isinstance(potential, Potential)
-            before = metadata.get("labels", {}).get("reference")
-            if potential.config.energy_head == "process":  # its energies will be fitted again
+            if is_process:  # its energies will be fitted again
                 return potential
+            before = metadata.get("labels", {}).get("reference")
             if _takes_over(potential, config, train_set, before, method):
                 return potential.requires_grad_(True).train()
         logger.warning("%s does not fit the training set: starting afresh", config.start_from)

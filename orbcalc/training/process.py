@@ -3,7 +3,8 @@
 With the features of atoms fixed, the difference is a Gaussian process plus a sum over elements
 (Rasmussen & Williams 2006, Gaussian Processes for Machine Learning, section 2.7), observed with a
 noise whose variance grows with the number of atoms. Its size is that of the highest marginal
-likelihood.
+likelihood. Before there is any energy the process can be placed: what is known then is how much
+each energy would tell about the others.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from orbcalc.training.statistics import (
     wild_energies,
 )
 
-__all__ = ["fit_process"]
+__all__ = ["fit_process", "place_process"]
 
 logger = logging.getLogger(__name__)
 
 #: Atoms that represent the process, and those that they are chosen from.
 N_INDUCING, _CANDIDATES = 1_000, 10_000
+
+#: Structures whose atoms the process is placed on, and those at least of a rare element.
+_PLACES, _OF_RARE = 2_000, 50
 
 #: Inducing atoms stop where all others are known that well (a variance, of 1).
 _KNOWN = 1e-4
@@ -53,15 +57,31 @@ _WIDE = 1e4
 _BATCH_SIZE = 32
 
 
-class _Observed(NamedTuple):
-    """What the process is fitted to: structures, and the features of their atoms."""
+class _Atoms(NamedTuple):
+    """Atoms of some structures."""
 
-    left: Float[Tensor, " n"]
-    """Differences that reference energies leave, eV."""
-    counts: Float[Tensor, "n n_elements"]
     features: Float[Tensor, "n_atoms n_features"]
     elements: Int[Tensor, " n_atoms"]
     owners: Int[Tensor, " n_atoms"]
+    """Structure of each."""
+
+
+def place_process(potential: Potential, dataset: LabelDataset) -> None:
+    """Choose inducing atoms; the energy is that of GFN1-xTB, as no other one is known.
+
+    Parameters
+    ----------
+    potential
+        Trained on cheap labels, with a `ProcessHead` and a GFN1-xTB energy.
+    dataset
+        Structures, whose labels do not count.
+    """
+    counts = dataset.with_elements(potential.elements).element_counts
+    atoms = _atoms(potential, dataset, _representatives(counts))
+    potential.energy_head = _placed(potential, atoms).to(potential.element_index.device)
+    potential.forget_rigidity()
+    potential.reference_energies = potential.xtb_reference_energies
+    potential.told = torch.zeros_like(potential.told)
 
 
 def fit_process(potential: Potential, dataset: LabelDataset) -> None:
@@ -82,6 +102,7 @@ def fit_process(potential: Potential, dataset: LabelDataset) -> None:
     MissingLabelError
         If no structure but lone atoms has an energy.
     """
+    dataset = dataset.with_elements(potential.elements)
     differences = _differences(potential, dataset)
     is_lone = torch.tensor([is_lone_atom(graph) for graph in dataset.graphs])
     if (n_lone := int(differences[is_lone].isfinite().sum())) > 0:
@@ -101,8 +122,10 @@ def fit_process(potential: Potential, dataset: LabelDataset) -> None:
     told = counts[rows].sum(0) > 0
     shift = fit_reference_energies(dataset, differences)
     wild = wild_energies(counts[rows][:, told], differences[rows])
-    observed = _observed(potential, dataset, rows[~wild].tolist(), differences - counts @ shift)
-    potential.energy_head, correction = _fitted(potential, observed, told)
+    chosen = rows[~wild]
+    atoms = _atoms(potential, dataset, chosen.tolist())
+    left = (differences - counts @ shift)[chosen]
+    potential.energy_head, correction = _fitted(potential, atoms, counts[chosen], left, told)
     potential.forget_rigidity()
     potential.reference_energies = potential.xtb_reference_energies.cpu() + shift + correction
     potential.told = told.to(potential.told.device)
@@ -126,9 +149,14 @@ def _differences(potential: Potential, dataset: LabelDataset) -> Float[Tensor, "
     return found
 
 
-def _observed(
-    potential: Potential, dataset: LabelDataset, chosen: list[int], left: Tensor
-) -> _Observed:
+def _representatives(counts: Float[Tensor, "n n_elements"]) -> list[int]:
+    """Choose structures at random, among them some of each element."""
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))
+    of_elements = [order[own][:_OF_RARE] for own in (counts[order] > 0).T]
+    return [int(index) for index in torch.cat([order[:_PLACES], *of_elements]).unique()]
+
+
+def _atoms(potential: Potential, dataset: LabelDataset, chosen: list[int]) -> _Atoms:
     features, elements = [], []
     for graph, _ in on_device(dataset, _BATCH_SIZE, potential, chosen):
         kinds = potential.element_index[graph.numbers]
@@ -138,40 +166,64 @@ def _observed(
             nodes = potential.backbone(vectors, kinds, graph, 0, in_parts=in_parts)
         features.append(ProcessHead.features(nodes).cpu())
         elements.append(kinds.cpu())
-    counts = dataset.element_counts[chosen]
-    owners = torch.arange(len(chosen)).repeat_interleave(counts.sum(1).long())
-    return _Observed(left[chosen], counts, torch.cat(features), torch.cat(elements), owners)
+    sizes = torch.tensor([dataset.graphs[index].n_atoms for index in chosen])
+    owners = torch.arange(len(chosen)).repeat_interleave(sizes)
+    return _Atoms(torch.cat(features), torch.cat(elements), owners)
 
 
-def _fitted(
-    potential: Potential, observed: _Observed, free: Bool[Tensor, " n_elements"]
-) -> tuple[ProcessHead, Float[Tensor, " n_elements"]]:
-    """Return the head, and what to add to the energies of free elements."""
+def _placed(potential: Potential, atoms: _Atoms) -> ProcessHead:
+    """Return a head whose inducing atoms are some of these; its weights are zero."""
     channels = potential.config.channels
     head = ProcessHead(channels, potential.config.layers)
-    centre = observed.features.mean(0)
+    centre = atoms.features.mean(0)
     spread, whole = (
         values.unflatten(1, (-1, channels)).square().sum(2).mean(0)
-        for values in (observed.features - centre, observed.features)
+        for values in (atoms.features - centre, atoms.features)
     )
     # What does not vary but by rounding, as charge and spin in most sets, must not be blown up.
     spread = torch.where(spread > _ROUNDING * whole, spread, 1.0)
     size = _WIDTH * spread.sqrt().repeat_interleave(channels)
-    chosen = _inducing((observed.features - centre) / size, observed.elements)
-    head.place(centre, size, observed.features[chosen], observed.elements[chosen])
-    functions = torch.zeros(len(observed.left), len(chosen), dtype=torch.float64)
-    for part in torch.arange(len(observed.owners)).split(_CANDIDATES):
-        own = head.functions(observed.features[part], observed.elements[part])
-        functions.index_add_(0, observed.owners[part], own)
-    roots = observed.counts.sum(1).sqrt()
+    chosen = _inducing((atoms.features - centre) / size, atoms.elements)
+    head.place(centre, size, atoms.features[chosen], atoms.elements[chosen])
+    return head
+
+
+def _fitted(
+    potential: Potential,
+    atoms: _Atoms,
+    counts: Float[Tensor, "n n_elements"],
+    left: Float[Tensor, " n"],
+    free: Bool[Tensor, " n_elements"],
+) -> tuple[ProcessHead, Float[Tensor, " n_elements"]]:
+    """Return the head, and what to add to the energies of free elements.
+
+    Parameters
+    ----------
+    potential
+        Whose features they are.
+    atoms
+        Of the labelled structures.
+    counts
+        Their numbers, by structure and element.
+    left
+        Differences that reference energies leave, eV.
+    free
+        Elements that the energies tell of.
+    """
+    head = _placed(potential, atoms)
+    functions = torch.zeros(len(left), head.n_last, dtype=torch.float64)
+    for part in torch.arange(len(atoms.owners)).split(_CANDIDATES):
+        own = head.functions(atoms.features[part], atoms.elements[part])
+        functions.index_add_(0, atoms.owners[part], own)
+    roots = counts.sum(1).sqrt()
     functions /= roots[:, None]
     unit = float(functions.square().sum(1).mean().sqrt()) or 1.0  # zero if all atoms are alone
-    of_elements = math.sqrt(_WIDE) * observed.counts[:, free] / roots[:, None]
+    of_elements = math.sqrt(_WIDE) * counts[:, free] / roots[:, None]
     columns = torch.cat([functions / unit, of_elements], dim=1)
-    solution = _solution(columns, observed.left / roots)
-    head.weights = head.factor @ solution[: len(chosen)] / (unit * potential.energy_scale)
+    solution = _solution(columns, left / roots)
+    head.weights = head.factor @ solution[: head.n_last] / (unit * potential.energy_scale)
     correction = torch.zeros(len(free), dtype=torch.float64)
-    correction[free] = math.sqrt(_WIDE) * solution[len(chosen) :]
+    correction[free] = math.sqrt(_WIDE) * solution[head.n_last :]
     return head.to(potential.element_index.device), correction
 
 

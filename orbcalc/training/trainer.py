@@ -25,7 +25,7 @@ from orbcalc.training.loss import (
     multitask_loss,
     on_labelled_baseline,
 )
-from orbcalc.training.process import fit_process
+from orbcalc.training.process import fit_process, place_process
 from orbcalc.training.state import TrainState
 
 __all__ = ["Report", "Trainer", "evaluate", "resolve_device"]
@@ -69,7 +69,10 @@ class Trainer:
         state_path: Path | None = None,
         report: Report | None = None,
     ) -> None:
-        train.require(config.tasks)
+        self.is_process = config.potential.energy_head == "process"
+        # A process is fitted to energies alone, if the potential to start from has features.
+        has_features = self.is_process and config.start_from is not None
+        train.require(config.tasks.reference if has_features else config.tasks.active)
         if len(valid) == 0:
             raise ConfigError("the validation set is empty; give more structures, or `valid`")
         if unknown := sorted({*valid.elements} - {*train.elements}):
@@ -78,11 +81,11 @@ class Trainer:
                 f"the validation set has {symbols}, which no training structure has. Add some to "
                 f"the training set, or leave them out."
             )
-        self.is_process = config.potential.energy_head == "process"
         #: What is learned in steps: all tasks, or the cheap ones, if a process learns the energy.
         tasks = config.tasks.model_copy(update={"energy": 0.0} if self.is_process else {})
+        judging = config.tasks if has_features else tasks
         census = valid.census()
-        if not any(getattr(tasks, task) > 0 and count for task, count in census.items()):
+        if not any(getattr(judging, task) > 0 and count for task, count in census.items()):
             raise MissingLabelError(
                 f"the validation set ({len(valid)} structures) has no label of any task with "
                 f"weight ({census}): the best weights could not be told. Label it, or leave "
@@ -109,7 +112,7 @@ class Trainer:
         ----------
         make_potential
             Gives the potential to begin with, where there is no saved state. One that has a
-            fitted process is not trained: its process is fitted again.
+            process is not trained: the process is fitted again.
 
         Raises
         ------
@@ -123,8 +126,9 @@ class Trainer:
         else:
             potential = make_potential().to(self.device)
             if potential.n_inducing > 0:
-                logger.info("features are kept as they are, only the process is fitted")
+                logger.info("features are kept as they are")
                 return self._with_process(potential)
+            self.train.require(self.config.tasks.active)
             state = TrainState.start(potential, options)
         scales = self._scales(state.potential, self.tasks)
         saved = time.monotonic()
@@ -141,9 +145,12 @@ class Trainer:
         return self._with_process(potential) if self.is_process else potential
 
     def _with_process(self, potential: Potential) -> Potential:
-        """Fit the process to the energies; features stay as they are."""
-        fit_process(potential, self.train)
+        """Fit the process to the energies, if they are learned; features stay as they are."""
         tasks, options = self.config.tasks, self.config.optimizer
+        if not tasks.energy:
+            place_process(potential, self.train)
+            return potential
+        fit_process(potential, self.train)
         scales = self._scales(potential, tasks)
         loss, errors = evaluate(potential, self.valid, tasks, scales, options.batch_size)
         if self.report is not None:

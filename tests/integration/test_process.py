@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ase import Atoms
@@ -12,15 +14,22 @@ from distributed import Client
 from small_runs import run_config, train_config, waters, write_pool
 from torch import Tensor
 
+from orbcalc.active.decisions import stream
+from orbcalc.active.folder import RunFolder
 from orbcalc.active.loop import run
-from orbcalc.calculator import OrbcalcCalculator
+from orbcalc.active.prior import process_columns
+from orbcalc.active.selection import draw_audit
+from orbcalc.calculator import OrbcalcCalculator, predict
+from orbcalc.cli.progress import event_in_words
 from orbcalc.cli.tables import print_model
-from orbcalc.config import TrainConfig
+from orbcalc.config import RunConfig, TrainConfig
 from orbcalc.errors import MissingLabelError
-from orbcalc.files import read_jsonl
+from orbcalc.files import read_json, read_jsonl
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_ENERGY
+from orbcalc.report.reading import read_run
+from orbcalc.structures import read_structures
 from orbcalc.training.run import train
 
 
@@ -140,7 +149,7 @@ def test_a_killed_training_ends_with_the_same_bits(
         assert torch.equal(value, again.first.state_dict()[name]), name
 
 
-def _kill(*_: object) -> None:
+def _kill(*_: object, **__: object) -> None:
     raise KillError
 
 
@@ -166,24 +175,78 @@ def test_held_out_structures_need_cheap_labels(
         train(asked)
 
 
-def test_a_run_trains_once_and_then_fits(
-    client: Client, labelled_waters: list[Atoms], tmp_path: Path
+def test_features_may_be_learned_before_any_energy(
+    labelled_waters: list[Atoms], tmp_path: Path
 ) -> None:
-    pool = [atoms.copy() for atoms in labelled_waters]
-    for atoms in pool:
-        del atoms.arrays[REF_FORCES]
-    config = run_config(
-        write_pool(tmp_path / "pool.extxyz", pool),
-        tmp_path / "run",
-        labels={"reference": {"calculator": "file"}, "forces": False},
-        tasks={"forces": 0},
-        pool={"charges": True},
-        stop={"max_rounds": 2},
-        committee=1,
+    cheap = few_energies(labelled_waters)[1::2]
+    ion = Atoms("F", info={"charge": -1})  # an element that no energy is of
+    config = train_config(
+        write_pool(tmp_path / "cheap.extxyz", [*cheap, ion]),
+        tmp_path / "a.orbcalc",
+        tasks={"forces": 0, "energy": 0},
+        potential={"energy_head": "process"},
     )
+    first = train(config)
+    assert first.first.n_inducing > 0
+    assert not first.has_uncertainty
+    [below] = predict(config.output, labelled_waters[:1])
+    assert below["energy"] == pytest.approx(labelled_waters[0].info[XTB_ENERGY], abs=3.0)
+    few = few_energies(labelled_waters)[::2]
+    for atoms in few:  # without cheap labels
+        for key in [key for key in (*atoms.info, *atoms.arrays) if key.startswith("GFN1")]:
+            atoms.info.pop(key, None)
+            atoms.arrays.pop(key, None)
+    config = small_config(
+        write_pool(tmp_path / "few.extxyz", few),
+        tmp_path / "b.orbcalc",
+        start_from=str(config.output),
+        potential={"energy_head": "process"},
+    )
+    second = train(config)
+    assert second.first.elements == first.first.elements == (1, 8, 9)
+    for name, value in features(second).items():
+        assert torch.equal(value, features(first)[name]), name
+    labels = np.array([atoms.info[REF_ENERGY] for atoms in few])
+    found = np.array([result["energy"] for result in predict(config.output, few)])
+    assert np.abs(found - labels).mean() < 0.5 * labels.std()
+
+
+def run_on(pool: Path, output: Path, /, **changes: Any) -> RunConfig:
+    """Return the configuration of a run that learns energies above cheap labels of its pool."""
+    options: dict[str, Any] = {
+        "labels": {"reference": {"calculator": "file"}, "forces": False},
+        "tasks": {"forces": 0},
+        "pool": {"charges": True},
+        "stop": {"max_rounds": 2},
+        "committee": 1,
+    }
+    return run_config(pool, output, **{**options, **changes})
+
+
+@pytest.fixture
+def pool(labelled_waters: list[Atoms], tmp_path: Path) -> Path:
+    """Structures with energies, and without forces."""
+    bare = [atoms.copy() for atoms in labelled_waters]
+    for atoms in bare:
+        del atoms.arrays[REF_FORCES]
+    return write_pool(tmp_path / "pool.extxyz", bare)
+
+
+def first_batch(config: RunConfig) -> list[str]:
+    found: list[str] = read_json(config.output / "rounds" / "000" / "selection.json")["batch"]
+    return found
+
+
+def test_a_run_trains_once_and_then_fits(client: Client, pool: Path, tmp_path: Path) -> None:
+    config = run_on(pool, tmp_path / "run")
     run(config, client=client)
     rounds = [record["round"] for record in read_jsonl(config.output / "metrics.jsonl")]
     assert rounds == [0, 0, 0, 1]
+    [learned] = [e for e in read_jsonl(config.output / "events.jsonl") if e["event"] == "features"]
+    n_pool = len(read_structures(pool))
+    assert learned["n_cheap"] + learned["n_valid"] == n_pool
+    assert "features learned from the cheap labels" in event_in_words(learned)
+    assert f"cheap labels of {learned['n_cheap']} structures" in str(read_run(config.output).model)
     first, second = (
         load_model(config.output / "rounds" / number / "model.orbcalc")[0]
         for number in ("000", "001")
@@ -191,3 +254,90 @@ def test_a_run_trains_once_and_then_fits(
     for name, value in features(second).items():
         assert torch.equal(value, features(first)[name]), name
     assert second.first.n_inducing > first.first.n_inducing
+
+
+def test_a_run_begins_with_what_tells_most(client: Client, pool: Path, tmp_path: Path) -> None:
+    config = run_on(pool, tmp_path / "run", stop={"max_rounds": 1})
+    run(config, client=client)
+    folder = RunFolder(config.output)
+    committee, _ = load_model(folder.features.model)
+    known = folder.pool(1)
+    order = stream(config.seed, 0, "batch").permutation(len(known))
+    structures = [[*known.values()][i] for i in order]
+    last = [r["last_layer"].sum(0) for r in predict(committee, structures, ("last_layer",))]
+    n_elements = len(committee.first.elements)
+    columns = process_columns(np.array(last)[:, :-n_elements], np.array(last)[:, -n_elements:])
+    size = config.selection.initial
+    left = _left_unknown(columns)
+    keys = [[*known][i] for i in order]
+    chosen = [keys.index(key) for key in first_batch(config)]
+    assert len(set(chosen)) == size
+    draws = [np.random.default_rng(k).permutation(len(keys))[:size].tolist() for k in range(50)]
+    assert left(chosen) < min(left(draw) for draw in draws)
+
+
+def _left_unknown(columns: np.ndarray) -> Callable[[list[int]], float]:
+    def left(chosen: list[int]) -> float:
+        own = columns[chosen]
+        gain = np.linalg.solve(own @ own.T + 1e-2 * np.eye(len(own)), own @ columns.T)
+        return float((columns**2).sum() - ((own @ columns.T) * gain).sum())
+
+    return left
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection": {"method": "random"}},
+        {"potential": {"energy_head": "network"}},
+        {"pool": {"charges": False}},
+    ],
+    ids=["random", "network", "no cheap labels"],
+)
+def test_otherwise_it_begins_at_random(
+    client: Client, pool: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = run_on(pool, tmp_path / "run", **changes, stop={"max_rounds": 1})
+    run(config, client=client)
+    drawn = draw_audit(len(read_structures(pool)), 10, stream(config.seed, 0, "batch"))
+    keys = [*RunFolder(config.output).pool(1)]
+    assert first_batch(config) == [keys[i] for i in drawn]
+    assert RunFolder(config.output).features.model.exists() == ("selection" in changes)
+
+
+def test_a_pool_with_lone_atoms_has_a_network(
+    client: Client, labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    lone = Atoms("O", info={REF_ENERGY: -400.0, REF_METHOD: labelled_waters[0].info[REF_METHOD]})
+    pool = write_pool(tmp_path / "pool.extxyz", [*labelled_waters, lone])
+    config = run_on(pool, tmp_path / "run", stop={"max_rounds": 1})
+    run(config, client=client)
+    model, _ = load_model(config.output / "rounds" / "000" / "model.orbcalc")
+    assert model.first.config.energy_head == "network"
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "modelling.dump_config",
+        "round.train_committee",
+        "round.pool_functions",
+        "round.select_informative",
+        "round.Round.label",
+    ],
+)
+def test_a_killed_run_begins_with_the_same(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    config = run_on(pool, tmp_path / "killed", stop={"max_rounds": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(f"orbcalc.active.{moment}", _kill)
+        with pytest.raises(KillError):
+            run(config, client=client)
+    whole = run_on(pool, tmp_path / "whole", stop={"max_rounds": 1})
+    for own in (config, whole):
+        run(own, client=client)
+    assert first_batch(config) == first_batch(whole)
+    one, other = (load_model(own.output / "model.orbcalc")[0] for own in (config, whole))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name

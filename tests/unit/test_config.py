@@ -357,8 +357,8 @@ def test_a_process_is_fitted_where_it_pays(given: dict[str, object], few: bool, 
     [
         ({"potential": {"energy_head": "process"}}, "learn energy and forces"),
         (
-            {"potential": {"energy_head": "process"}, "tasks": {"forces": 0, "energy": 0}},
-            "learn none",
+            {"potential": {"energy_head": "process"}, "tasks": {"forces": 0, "stress": 1}},
+            "learn energy and stress",
         ),
         (
             {"potential": {"energy_head": "process"}, "tasks": {"forces": 0, "xtb_energy": 0}},

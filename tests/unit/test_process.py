@@ -26,7 +26,7 @@ from orbcalc.testing import assert_consistent, assert_derivatives, assert_equiva
 from orbcalc.training import process as fit_module
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
-from orbcalc.training.process import fit_process
+from orbcalc.training.process import fit_process, place_process
 
 CUTOFF = 4.0
 OPTIONS = {"xtb_head": "baseline", "energy_head": "process"}
@@ -52,9 +52,7 @@ def difference(atoms: Atoms) -> float:
 
 def data(atoms: list[Atoms], potential: Potential) -> LabelDataset:
     """Return structures of some of the elements of a potential."""
-    dataset = LabelDataset(atoms, CUTOFF)
-    dataset.elements = [*potential.elements]
-    return dataset
+    return LabelDataset(atoms, CUTOFF).with_elements(potential.elements)
 
 
 def energies(potential: Potential, dataset: LabelDataset) -> torch.Tensor:
@@ -171,6 +169,39 @@ def test_it_is_the_mean_of_the_gaussian_process(
     mean = (k + constant) @ torch.linalg.solve(k + constant + noise * torch.eye(8), y)
     found = (energies(unfitted, dataset) - labels(dataset).mean()) / 3**0.5
     torch.testing.assert_close(found, mean, rtol=0, atol=2e-3 * float(y.abs().max()))
+
+
+def test_before_any_energy_it_is_placed_on_the_atoms_of_all(unfitted: Potential) -> None:
+    bare = waters(20)
+    for atoms in bare:
+        del atoms.info[REF_ENERGY]
+    place_process(unfitted, LabelDataset(bare, CUTOFF))  # of some of its elements
+    assert unfitted.n_inducing > 10
+    graph = AtomGraph.batch(data(waters(5, seed=1), unfitted).graphs)
+    found = unfitted(graph, ("energy", "xtb_energy", "last_layer"))
+    torch.testing.assert_close(found.energy, found.xtb_energy)
+    assert not unfitted.told.any()
+    assert found.last_layer.shape == (15, unfitted.n_inducing + len(unfitted.elements))
+    # Kernels of structures, which the functions stand for: those of twins are alike.
+    functions = graph.sum_over_atoms(found.last_layer[:, : unfitted.n_inducing])
+    assert (functions @ functions.T).diagonal().min() > 0
+    fit_process(unfitted, LabelDataset(waters(60), CUTOFF))
+    others = data(waters(40, seed=1), unfitted)
+    errors = energies(unfitted, others) - labels(others)
+    assert errors.square().mean().sqrt() < 0.5 * labels(others).std()
+
+
+def test_it_is_placed_on_every_element(
+    make_potential: MakePotential, labelled: list[Atoms], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module, "_PLACES", 1)
+    potential = make_potential(**OPTIONS)
+    place_process(potential, LabelDataset(labelled, CUTOFF))
+    head = potential.energy_head
+    assert isinstance(head, ProcessHead)
+    present = {int(z) for atoms in labelled for z in atoms.numbers}
+    kinds = {int(potential.element_index[z]) for z in present}
+    assert set(head.inducing_elements.tolist()) == kinds
 
 
 def test_features_do_not_depend_on_what_it_is_fitted_to(unfitted: Potential) -> None:

@@ -78,14 +78,14 @@ def test_a_nan_label_counts_as_absent() -> None:
 
 def test_a_missing_task_is_told_with_a_census() -> None:
     dataset = LabelDataset([with_energy(-1.0), water()], 4.0)
-    dataset.require(TaskWeights(forces=0, charges=0))
+    dataset.require(TaskWeights(forces=0, charges=0).active)
     with pytest.raises(
         MissingLabelError,
         match=r"\(2 structures\) has labels for: energy 1, forces 0, stress 0, charges 0, "
         r"xtb_energy 0, xtb_forces 0. "
         r"task 'forces' needs REF_forces .*; task 'charges' needs GFN1_orbital_blocks",
     ):
-        dataset.require(TaskWeights())
+        dataset.require(TaskWeights().active)
 
 
 def test_bad_structures_are_named() -> None:
