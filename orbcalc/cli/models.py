@@ -26,7 +26,7 @@ def train(config_file: ConfigFile) -> None:
     from orbcalc.training.run import train as train_model
 
     config = load_config(config_file, TrainConfig)
-    metrics = config.output.with_name("metrics.jsonl")
+    metrics = config.output.with_name(f"{config.output.stem}.metrics.jsonl")
     with training_bars() as show:
 
         def report(record: Mapping[str, Any]) -> None:

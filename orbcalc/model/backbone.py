@@ -69,6 +69,11 @@ class NodeFeatures:
     hidden: Float[Tensor, "n_components n_atoms channels"]
     """Features after the last layer, up to the degree asked for."""
 
+    def of(self, atoms: slice) -> NodeFeatures:
+        """Return those of some atoms."""
+        updates = tuple(update[atoms] for update in self.updates)
+        return NodeFeatures(self.embedding[atoms], updates, self.hidden[:, atoms])
+
 
 def mlp(n_in: int, n_hidden: int, n_out: int, *, bias: bool = True) -> nn.Sequential:
     """Return a network of one hidden layer with SiLU.

@@ -314,11 +314,18 @@ class Potential(nn.Module):
         other layers leave it, too: so the root of how new its atoms are is a factor. A reference
         energy that nothing has told may be as large as the others are.
         """
-        last = self._last_layer(nodes, elements).detach()
+        whitening, of_atom = (self.get_buffer(f"{name}whitening") for name in ("", "atom_"))
         # In float64: what rounding leaves of a large sum, the whitening enlarges.
-        total = graph.sum_over_atoms(last.double()).to(last)
-        energy = (total @ self.get_buffer("whitening")).norm(dim=-1)
-        novelty = (last @ self.get_buffer("atom_whitening")).norm(dim=-1)
+        total = whitening.new_zeros(graph.n_structures, len(whitening), dtype=torch.float64)
+        of_atoms = []
+        size = PART_ATOMS if graph.n_atoms > 2 * PART_ATOMS else max(graph.n_atoms, 1)
+        for start in range(0, graph.n_atoms, size):  # many at once would not fit
+            part = slice(start, start + size)
+            last = self._last_layer(nodes.of(part), elements[part]).detach()
+            total.index_add_(0, graph.structure_index[part], last.double())
+            of_atoms.append((last @ of_atom).norm(dim=-1))
+        energy = (total.to(self.dtype) @ whitening).norm(dim=-1)
+        novelty = torch.cat(of_atoms)
         mean_square = graph.sum_over_atoms(novelty.square()) / graph.n_atoms_of_structure
         return {
             "energy_rigidity": energy * mean_square**0.25,

@@ -45,7 +45,7 @@ from orbcalc.properties import (
     XTB_METHOD,
     XTB_SHELLS,
 )
-from orbcalc.structures import charge_and_multiplicity, hold_out, structure_key
+from orbcalc.structures import charge_and_multiplicity, hold_out, is_lone_atom, structure_key
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.initial import initial_potential
@@ -348,7 +348,7 @@ def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
     return config.resolved(
         cheap_only=n_cheap > 0,
         few_energies=0 < len(told) <= min(PROCESS_LABELS, n_cheap)
-        and all(len(atoms) > 1 or atoms.pbc.any() for atoms in told)
+        and not any(map(is_lone_atom, told))
         and any(_carries(atoms, XTB_ENERGY) for atoms in sets.valid),
     )
 

@@ -392,9 +392,9 @@ def test_train_and_evaluate(cli: Cli, here: Path, labelled_file: Path) -> None:
     Path("train.yaml").write_text(dump_config(config))
     found = cli("train", "train.yaml")
     assert found.code == 0, found.err
-    assert "model written to m.orbcalc, metrics to metrics.jsonl" in found.out
+    assert "model written to m.orbcalc, metrics to m.metrics.jsonl" in found.out
     assert re.search(r"^member 0 step 20/20 energy MAE \d+\.\d\d meV/atom", found.err, re.MULTILINE)
-    assert len(Path("metrics.jsonl").read_text().splitlines()) == 2
+    assert len(Path("m.metrics.jsonl").read_text().splitlines()) == 2
     found = cli("evaluate", "m.orbcalc", labelled_file, "--json")
     assert found.code == 0, found.err
     errors = json.loads(found.out)
