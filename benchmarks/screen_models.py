@@ -130,7 +130,7 @@ class GaussianProcess:
 
 
 class PotentialOnPool:
-    """A potential that is trained on from round to round, as in `orbcalc run`.
+    """A potential that is trained on from round to round, much as in `orbcalc run`.
 
     Parameters
     ----------

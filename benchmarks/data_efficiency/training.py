@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -37,9 +38,6 @@ from orbcalc.training.statistics import charge_targets
 from orbcalc.training.trainer import Trainer
 
 __all__ = ["Run", "Settings", "perform"]
-
-#: Structures at most that features are validated with.
-_VALID_OF_FEATURES = 500
 
 #: Structures of the batch whose inference is timed, and how often.
 _TIMED_STRUCTURES, _REPEATS = 64, 10
@@ -111,8 +109,9 @@ def _learned_features(run: Run, out: Path, data: DataSet, settings: Settings) ->
     """Train on the cheap labels of the pool, once for all sizes and draws; None elsewhere."""
     arm, cheap = ARMS[run.arm], [*data.pool, *data.larger]
     n_batch = settings.batch_size + settings.cheap_batch_size
+    content = hashlib.sha256("".join(map(structure_key, cheap)).encode()).hexdigest()[:8]
     folder = out / (
-        f"{run.arm}_{settings.preset}_{len(cheap)}_{settings.steps}x{n_batch}"
+        f"{data.name}_{content}_{run.arm}_{settings.preset}_{settings.steps}x{n_batch}"
         f"_lr{settings.learning_rate:g}_w{run.weight:g}_s{run.seed}"
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +126,7 @@ def _learned_features(run: Run, out: Path, data: DataSet, settings: Settings) ->
             tasks = config.tasks.model_copy(update={"energy": 0.0})
             config = config.model_copy(update={"tasks": tasks})
             train = _dataset([_prepared(a, arm, cheap_only=True) for a in cheap], config.potential)
-            valid = _dataset(data.valid[:_VALID_OF_FEATURES], config.potential)
+            valid = _dataset(data.validation(0), config.potential)  # the same for all sizes
             state = folder / "state"
             trainer = Trainer(train, valid, config, seed=run.seed, state_path=state, report=log)
             potential = trainer.fit(lambda: initial_potential(config, 0, run.seed, train))
@@ -136,13 +135,12 @@ def _learned_features(run: Run, out: Path, data: DataSet, settings: Settings) ->
     return path
 
 
-def _informative(features: Path, data: DataSet, size: int, seed: int) -> list[int]:
+def _informative(run: Run, features: Path, data: DataSet, device: str) -> list[int]:
     """Choose what is labelled as `orbcalc run` chooses its first structures."""
-    functions, counts = map(
-        np.array, zip(*functions_chunk(features, "auto", data.pool), strict=True)
-    )
-    rng = np.random.default_rng(seed)
-    return select_informative(process_columns(functions, counts), size, rng=rng).tolist()
+    rows = functions_chunk(features, device, data.pool)
+    functions, counts = (np.array(column) for column in zip(*rows, strict=True))
+    columns = process_columns(functions, counts)
+    return select_informative(columns, run.size, rng=np.random.default_rng(run.seed)).tolist()
 
 
 def _train_and_test(
@@ -158,7 +156,7 @@ def _train_and_test(
     order = list[int]()
     if settings.draw == "informative":
         assert features is not None
-        order = _informative(features, data, run.size, run.seed)
+        order = _informative(run, features, data, settings.device)
     chosen = data.labelled(run.size, run.seed, settings.draw, order)
     structures, used = _training_structures(run, arm, data, chosen)
     train = _dataset(structures, config.potential)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,12 @@ from orbcalc.errors import ConfigError, OrbcalcError
 from orbcalc.files import append_json, read_jsonl, write_text
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
-from orbcalc.properties import XTB_ENERGY
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS, XTB_ENERGY
 from orbcalc.structures import hold_out, is_lone_atom, structure_key
 
 __all__ = ["train_committee", "write_features_set", "write_training_set"]
+
+logger = logging.getLogger(__name__)
 
 #: Structures at most that the training of features is validated with.
 _MOST_HELD_OUT = 500
@@ -67,7 +70,9 @@ def write_features_set(
         Whether they are to be learned.
     """
     is_fixed = config.pool.charges and config.pool.md is None
-    is_few = config.selection.initial <= PROCESS_LABELS
+    options, most = config.selection, config.stop.max_labels or len(pool)
+    n_first = min(options.initial, most, len(pool))
+    is_few = (1 - options.valid_fraction) * n_first <= PROCESS_LABELS
     training = _training_config(files, config, seed).resolved(
         cheap_only=config.pool.charges,
         few_energies=is_fixed and is_few and not any(map(is_lone_atom, pool.values())),
@@ -76,7 +81,11 @@ def write_features_set(
         return False
     known = set(store.keys("charges", LabelStatus.ok))
     cheap = store.labelled_atoms([key for key in pool if key in known])
-    fraction = min(config.selection.valid_fraction, _MOST_HELD_OUT / max(len(cheap), 1))
+    for atoms in cheap:  # of a store that had them
+        for key in (REF_ENERGY, REF_FORCES, REF_STRESS, REF_METHOD):
+            atoms.info.pop(key, None)
+            atoms.arrays.pop(key, None)
+    fraction = min(options.valid_fraction, _MOST_HELD_OUT / max(len(cheap), 1))
     held_out = _held_out(cheap, fraction)
     if not any(held_out):
         return False
@@ -127,6 +136,17 @@ def write_training_set(
     labelled, cheap = (
         store.labelled_atoms([key for key in pool if key in own]) for own in (known, only_cheap)
     )
+    n_known = len(labelled) * (1 - config.selection.valid_fraction)
+    training = _training_config(files, config, seed).resolved(
+        cheap_only=config.pool.charges,
+        few_energies=features.exists() and n_known <= PROCESS_LABELS,
+    )
+    head = training.potential.energy_head
+    if features.exists() and head == "process":
+        labelled = _covered(labelled, cheap)
+        start_from, cheap = features, []  # which have been learned from
+    elif start_from is not None and _head_of(start_from) != head:
+        start_from = None
     held_out = _held_out(labelled, config.selection.valid_fraction)
     if not any(held_out):
         raise ConfigError(
@@ -134,18 +154,29 @@ def write_training_set(
             f"for validation. Look at the failed labels, or begin another run with a larger "
             f"selection.initial."
         )
-    is_few = features.exists() and len(labelled) - sum(held_out) <= PROCESS_LABELS
-    seen = {z for a in (*labelled, *cheap) if XTB_ENERGY in a.info for z in a.numbers}
-    is_covered = all(z in seen for atoms in labelled for z in atoms.numbers)
-    training = _training_config(files, config, seed).resolved(
-        cheap_only=config.pool.charges, few_energies=is_few and is_covered
-    )
-    if features.exists() and is_covered and training.potential.energy_head == "process":
-        start_from, cheap = features, []  # which have been learned from
     if start_from is not None:  # paths from its own folder, which may be copied or moved
         start_from = Path(os.path.relpath(start_from, files.folder))
         training = training.model_copy(update={"start_from": start_from})
     _write(files, [*labelled, *cheap], [*held_out, *(False for _ in cheap)], training)
+
+
+def _covered(labelled: Sequence[Atoms], cheap: Sequence[Atoms]) -> list[Atoms]:
+    """Leave out what has an element that no cheap label is of: features do not know it."""
+    known = {z for a in (*labelled, *cheap) if XTB_ENERGY in a.info for z in a.numbers.tolist()}
+    covered = [atoms for atoms in labelled if known.issuperset(atoms.numbers.tolist())]
+    if len(covered) < len(labelled):
+        logger.warning(
+            "%d labelled structures are not learned from, and such are not predicted: no cheap "
+            "label is of all of their elements, and a process needs them. Choose "
+            "potential.energy_head: network for them.",
+            len(labelled) - len(covered),
+        )
+    return covered
+
+
+def _head_of(model: Path) -> str | None:
+    """Return the energy head that a round before was trained with."""
+    return load_config(RoundFiles(model.parent).train, TrainConfig).potential.energy_head
 
 
 def _training_config(files: RoundFiles, config: RunConfig, seed: int) -> TrainConfig:

@@ -16,6 +16,7 @@ from orbcalc.active.quantities import expected_error
 from orbcalc.config import PotentialConfig
 from orbcalc.errors import MissingLabelError, OrbcalcError, StructureError
 from orbcalc.labels.store import LabelStore
+from orbcalc.structures import is_lone_atom
 
 __all__ = [
     "finite_numbers", "joined_features", "pool_functions", "predict_pool", "predict_results",
@@ -24,6 +25,9 @@ __all__ = [
 
 #: Structures that a worker predicts in one task.
 CHUNK = 256
+
+#: Of which functions of all atoms are held at a time, a thousand numbers each.
+_FEW = 16
 
 T = TypeVar("T")
 
@@ -74,7 +78,7 @@ def pool_functions(
     Returns
     -------
     functions, counts
-        Sums over atoms; NaN for what cannot be predicted.
+        Sums over atoms; NaN for what cannot be predicted, and for lone atoms.
 
     Raises
     ------
@@ -156,11 +160,21 @@ def functions_chunk(
 
     committee, _ = open_model(model, device=device)
     first = committee.first
-    results = predict(Committee([first]), structures, ("last_layer",), on_error="skip")
     n_elements = len(first.elements)
     unknown = np.full((1, first.n_inducing + n_elements), np.nan)
-    sums = [result.get("last_layer", unknown).sum(0) for result in results]
-    return [(row[:-n_elements], row[-n_elements:]) for row in sums]
+    rows = []
+    for start in range(0, len(structures), _FEW):
+        some = structures[start : start + _FEW]
+        for atoms, result in zip(
+            some,
+            predict(Committee([first]), some, ("last_layer",), on_error="skip"),
+            strict=True,
+        ):
+            # What a lone atom says, a process cannot learn.
+            is_told = result and not is_lone_atom(atoms)
+            row = (result["last_layer"] if is_told else unknown).sum(0)
+            rows.append((row[:-n_elements], row[-n_elements:]))
+    return rows
 
 
 def predict_chunk(

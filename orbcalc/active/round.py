@@ -212,8 +212,8 @@ class Round:
     def _first(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> list[str]:
         """Choose what tells most about the pool, where features are known, or at random."""
         size, rng = self._affordable(self.config.selection.initial), self._rng("batch")
-        features = self.folder.features.model
-        if not features.exists() or self.config.selection.method == "random":
+        features = self.folder.features.model.absolute()
+        if not (open_keys and features.exists()) or self.config.selection.method == "random":
             return [open_keys[i] for i in draw_audit(len(open_keys), size, rng)]
         some = rng.permutation(len(open_keys))[:_MOST_CANDIDATES]
         structures = [pool[open_keys[i]] for i in some]

@@ -58,6 +58,8 @@ def print_model(path: Path) -> None:
     first = committee.first
     n_weights = sum(p.numel() for p in first.parameters())
     energy = f"process of {first.n_inducing} atoms" if first.n_inducing else "network"
+    if first.n_inducing and not first.told.any():
+        energy = "features for a process, no energy learned"
     if first.config.xtb_head == "baseline":
         energy += " above a learned GFN1-xTB energy"
     elif first.config.baseline != "none":

@@ -100,7 +100,8 @@ class SelectionConfig(StrictModel):
         default=50,
         ge=2,
         description="structures of the first round: those that tell most about the pool, where a "
-        "process is fitted to energies (see potential.energy_head), otherwise random",
+        "process is fitted to energies (see potential.energy_head), otherwise, and with method: "
+        "random, a random sample",
     )
     batch: int = Field(default=40, ge=1, description="hardest structures of each later round")
     audit: int = Field(
@@ -226,6 +227,11 @@ class RunConfig(StrictModel):
         ):
             if task in self.tasks.active and not getattr(self.labels, labels):
                 raise ValueError(f"tasks.{task} has weight, but labels.{labels} is false")
+        if self.potential.energy_head == "process" and not self.tasks.energy:
+            raise ValueError(
+                "potential.energy_head: process is fitted to energies, but tasks.energy is 0: give "
+                "it a weight (the run learns features before in any case)"
+            )
         if self.potential.energy_head == "process" and not self.pool.charges:
             raise ValueError(
                 "potential.energy_head: process learns from the cheap labels of the whole pool in "

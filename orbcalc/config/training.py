@@ -88,11 +88,11 @@ class PotentialConfig(StrictModel):
         description="what the energy, or its difference from the learned GFN1-xTB energy, is made "
         "of; network: trained with all else; process: a Gaussian process on features that cheap "
         "labels alone have taught, fitted in closed form, which serves few labels best and needs "
-        "xtb_head: baseline (with tasks.energy: 0 only the features are learned, to start_from); "
-        "lone atoms are not learned; default: process where no forces are "
-        f"learned, there are at most {PROCESS_LABELS:,} energies, none of a lone atom, and as many "
-        "structures or more with cheap labels only (in `orbcalc run`: pool.charges, without md); "
-        "otherwise network",
+        "xtb_head: baseline (with tasks: {energy: 0, forces: 0} only the features are learned, to "
+        "start_from); lone atoms are not learned; default: process where no forces are learned, "
+        f"there are at most {PROCESS_LABELS:,} energies, none of a lone atom, and as many "
+        "structures or more with cheap labels only, or where start_from has features (in "
+        "`orbcalc run`: pool.charges, without md, no lone atom in the pool); otherwise network",
     )
 
     @property

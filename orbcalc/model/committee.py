@@ -122,7 +122,14 @@ class Committee(nn.Module):
         """Evaluate all members; see `Potential.forward` for the properties.
 
         A single member says how sure it is of forces even if they are not asked for.
+
+        Raises
+        ------
+        ConfigError
+            If the last layer of several members is asked for.
         """
+        if "last_layer" in properties and len(self.members) > 1:
+            raise ConfigError("a committee of several has no last layer: ask one of its members")
         if self._has_rigidity:
             properties = [*properties, "rigidity"]
         predictions: list[Prediction] = [member(graph, properties) for member in self.members]

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orbcalc.config import PotentialConfig, TrainConfig
+from orbcalc.errors import ConfigError
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset
@@ -61,7 +62,8 @@ def initial_potential(
     CheckpointError
         If the model to start from cannot be read.
     ConfigError
-        If reference energies are given, but not for every element.
+        If reference energies are given, but not for every element, or a process cannot start from
+        that model.
     """
     dtype = getattr(torch, config.dtype)
     if config.start_from is not None:
@@ -84,6 +86,12 @@ def initial_potential(
             before = metadata.get("labels", {}).get("reference")
             if _takes_over(potential, config, train_set, before, method):
                 return potential.requires_grad_(True).train()
+        if is_process:
+            raise ConfigError(
+                f"{config.start_from} has no features for this training: it needs a process "
+                f"(potential.energy_head), the same architecture and number of members, and all "
+                f"elements that are trained on. Leave start_from out to learn features first."
+            )
         logger.warning("%s does not fit the training set: starting afresh", config.start_from)
     statistics = fit_statistics(train_set, config.potential, config.reference_energies)
     with torch.random.fork_rng(devices=[]):

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 #: Atoms that represent the process, and those that they are chosen from.
 N_INDUCING, _CANDIDATES = 1_000, 10_000
 
-#: Structures whose atoms the process is placed on, and those at least of a rare element.
-_PLACES, _OF_RARE = 2_000, 50
+#: Atoms, of whole structures, that the process is placed on, and structures of a rare element.
+_PLACES, _OF_RARE = 50_000, 20
 
 #: Inducing atoms stop where all others are known that well (a variance, of 1).
 _KNOWN = 1e-4
@@ -153,7 +153,8 @@ def _representatives(counts: Float[Tensor, "n n_elements"]) -> list[int]:
     """Choose structures at random, among them some of each element."""
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))
     of_elements = [order[own][:_OF_RARE] for own in (counts[order] > 0).T]
-    return [int(index) for index in torch.cat([order[:_PLACES], *of_elements]).unique()]
+    first = order[counts[order].sum(1).cumsum(0) <= _PLACES]
+    return [int(index) for index in torch.cat([first, *of_elements]).unique()]
 
 
 def _atoms(potential: Potential, dataset: LabelDataset, chosen: list[int]) -> _Atoms:

@@ -345,12 +345,20 @@ def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
     """Decide what the configuration leaves to the structures."""
     told = [atoms for atoms in sets.train if _carries(atoms, REF_ENERGY)]
     n_cheap = sum(_carries(atoms, XTB_ENERGY) and not _has_reference(atoms) for atoms in sets.train)
-    return config.resolved(
-        cheap_only=n_cheap > 0,
-        few_energies=0 < len(told) <= min(PROCESS_LABELS, n_cheap)
+    few_energies = (
+        0 < len(told) <= min(PROCESS_LABELS, n_cheap)
         and not any(map(is_lone_atom, told))
-        and any(_carries(atoms, XTB_ENERGY) for atoms in sets.valid),
+        and any(_carries(atoms, XTB_ENERGY) for atoms in sets.valid)
     )
+    has_features = _has_features(config.start_from)
+    return config.resolved(
+        cheap_only=n_cheap > 0 or has_features, few_energies=few_energies or has_features
+    )
+
+
+def _has_features(model: Path | None) -> bool:
+    """Tell whether a process can be fitted on the features of a model to start from."""
+    return model is not None and load_model(model)[0].first.n_inducing > 0
 
 
 def _member_path(config: TrainConfig, member: int) -> Path:

@@ -70,7 +70,7 @@ class Trainer:
         report: Report | None = None,
     ) -> None:
         self.is_process = config.potential.energy_head == "process"
-        # A process is fitted to energies alone, if the potential to start from has features.
+        # A process is fitted to energies alone, if features come with the potential to start from.
         has_features = self.is_process and config.start_from is not None
         train.require(config.tasks.reference if has_features else config.tasks.active)
         if len(valid) == 0:
@@ -128,7 +128,6 @@ class Trainer:
             if potential.n_inducing > 0:
                 logger.info("features are kept as they are")
                 return self._with_process(potential)
-            self.train.require(self.config.tasks.active)
             state = TrainState.start(potential, options)
         scales = self._scales(state.potential, self.tasks)
         saved = time.monotonic()

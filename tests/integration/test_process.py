@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from orbcalc.calculator import OrbcalcCalculator, predict
 from orbcalc.cli.progress import event_in_words
 from orbcalc.cli.tables import print_model
 from orbcalc.config import RunConfig, TrainConfig
-from orbcalc.errors import MissingLabelError
+from orbcalc.errors import ConfigError, MissingLabelError
 from orbcalc.files import read_json, read_jsonl
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee
@@ -200,7 +201,6 @@ def test_features_may_be_learned_before_any_energy(
         write_pool(tmp_path / "few.extxyz", few),
         tmp_path / "b.orbcalc",
         start_from=str(config.output),
-        potential={"energy_head": "process"},
     )
     second = train(config)
     assert second.first.elements == first.first.elements == (1, 8, 9)
@@ -209,6 +209,22 @@ def test_features_may_be_learned_before_any_energy(
     labels = np.array([atoms.info[REF_ENERGY] for atoms in few])
     found = np.array([result["energy"] for result in predict(config.output, few)])
     assert np.abs(found - labels).mean() < 0.5 * labels.std()
+
+
+def test_a_process_does_not_start_from_a_network(
+    labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    path = write_pool(tmp_path / "a.extxyz", few_energies(labelled_waters))
+    network = small_config(path, tmp_path / "a.orbcalc", potential={"energy_head": "network"})
+    train(network)
+    config = small_config(
+        path,
+        tmp_path / "b.orbcalc",
+        start_from=str(network.output),
+        potential={"energy_head": "process"},
+    )
+    with pytest.raises(ConfigError, match="has no features for this training"):
+        train(config)
 
 
 def run_on(pool: Path, output: Path, /, **changes: Any) -> RunConfig:
@@ -238,10 +254,10 @@ def first_batch(config: RunConfig) -> list[str]:
 
 
 def test_a_run_trains_once_and_then_fits(client: Client, pool: Path, tmp_path: Path) -> None:
-    config = run_on(pool, tmp_path / "run")
+    config = run_on(pool, tmp_path / "run", committee=2)
     run(config, client=client)
     rounds = [record["round"] for record in read_jsonl(config.output / "metrics.jsonl")]
-    assert rounds == [0, 0, 0, 1]
+    assert rounds == 2 * [0, 0, 0] + 2 * [1]
     [learned] = [e for e in read_jsonl(config.output / "events.jsonl") if e["event"] == "features"]
     n_pool = len(read_structures(pool))
     assert learned["n_cheap"] + learned["n_valid"] == n_pool
@@ -254,6 +270,7 @@ def test_a_run_trains_once_and_then_fits(client: Client, pool: Path, tmp_path: P
     for name, value in features(second).items():
         assert torch.equal(value, features(first)[name]), name
     assert second.first.n_inducing > first.first.n_inducing
+    assert len(second.members) == 2
 
 
 def test_a_run_begins_with_what_tells_most(client: Client, pool: Path, tmp_path: Path) -> None:
@@ -316,15 +333,108 @@ def test_a_pool_with_lone_atoms_has_a_network(
     assert model.first.config.energy_head == "network"
 
 
+def test_lone_atoms_are_not_labelled_first(
+    client: Client, labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    method = labelled_waters[0].info[REF_METHOD]
+    lone = [Atoms(z, info={REF_ENERGY: -400.0, REF_METHOD: method}) for z in "OH"]
+    pool = write_pool(tmp_path / "pool.extxyz", [*labelled_waters, *lone])
+    config = run_on(
+        pool,
+        tmp_path / "run",
+        stop={"max_rounds": 1},
+        potential={"energy_head": "process"},
+        labels={"reference": {"calculator": "file"}, "forces": False},
+    )
+    run(config, client=client)
+    known = RunFolder(config.output).pool(1)
+    assert all(len(known[key]) > 1 for key in first_batch(config))
+
+
+def test_what_features_do_not_know_is_labelled_and_not_learned(
+    client: Client, labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    """GFN1-xTB has no uranium: such structures are hardest, and leave the process as it is."""
+    info = {REF_ENERGY: -900.0, REF_METHOD: labelled_waters[0].info[REF_METHOD]}
+    odd = [Atoms("UO2", [[0, 0, 0], [0, 0, z], [0, 0, -z]], info=info) for z in (1.7, 1.8, 1.9)]
+    pool = write_pool(tmp_path / "pool.extxyz", [*labelled_waters, *odd])
+    config = run_on(pool, tmp_path / "run", stop={"max_rounds": 2})
+    run(config, client=client)
+    selections = [
+        read_json(config.output / "rounds" / number / "selection.json") for number in ("000", "001")
+    ]
+    known = RunFolder(config.output).pool(1)
+    drawn = [[known[key].get_chemical_formula() for key in own["batch"]] for own in selections]
+    assert "O2U" not in drawn[0]
+    assert "O2U" in drawn[1]
+    files = RunFolder(config.output).round(1)
+    model, _ = load_model(files.model)
+    assert model.first.config.energy_head == "process"
+    assert model.first.elements == (1, 8)
+    learned = read_structures(files.folder / name for name in ("train.extxyz", "valid.extxyz"))
+    assert {atoms.get_chemical_formula() for atoms in learned} == {"H2O"}
+
+
+def test_relative_paths_and_a_store_that_has_all_labels(
+    client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the workers are not
+    config = run_on(pool, Path("run"), stop={"max_rounds": 1}, selection={"initial": 30})
+    run(config, client=client)
+    assert (tmp_path / "run" / "model.orbcalc").exists()
+    again = run_on(pool, Path("again"), stop={"max_rounds": 1}, selection={"initial": 30})
+    again.output.mkdir()
+    (again.output / "labels.db").write_bytes((config.output / "labels.db").read_bytes())
+    assert run(again, client=client).certified
+    assert first_batch(again) == []
+    [learned] = [e for e in read_jsonl(again.output / "events.jsonl") if e["event"] == "features"]
+    assert "energy_mae" not in learned["errors"]
+
+
+@pytest.mark.parametrize(("most", "head"), [(12, "process"), (11, "network")])
+def test_a_process_is_for_few_energies(
+    client: Client,
+    pool: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    head: str,
+) -> None:
+    monkeypatch.setattr("orbcalc.active.modelling.PROCESS_LABELS", most)
+    config = run_on(
+        pool,
+        tmp_path / "run",
+        selection={"initial": 29},
+        stop={"max_rounds": 1, "max_labels": 13},
+        tasks={"forces": 0},
+    )
+    run(config, client=client)
+    model, _ = load_model(config.output / "rounds" / "000" / "model.orbcalc")
+    assert model.first.config.energy_head == head
+
+
+def test_more_energies_make_it_a_network(
+    client: Client,
+    pool: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("orbcalc.active.modelling.PROCESS_LABELS", 12)
+    config = run_on(pool, tmp_path / "run", stop={"max_rounds": 2})
+    run(config, client=client)
+    models = [
+        load_model(config.output / "rounds" / number / "model.orbcalc") for number in ("000", "001")
+    ]
+    assert [model.first.config.energy_head for model, _ in models] == ["process", "network"]
+    assert models[1][1]["training_set"]["n_cheap"] > 0
+    assert "starting afresh" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "moment",
-    [
-        "modelling.dump_config",
-        "round.train_committee",
-        "round.pool_functions",
-        "round.select_informative",
-        "round.Round.label",
-    ],
+    ["modelling.dump_config", "round.pool_functions", "round.Round.label"],
 )
 def test_a_killed_run_begins_with_the_same(
     client: Client, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

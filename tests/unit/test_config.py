@@ -108,6 +108,15 @@ def test_all_problems_are_listed():
         ),
         (TrainConfig, TRAIN | {"valid": 1.0}, "is not a fraction between 0 and 1"),
         (RunConfig, {"pool": {}}, "the pool is empty"),
+        (
+            RunConfig,
+            {
+                "pool": {"structures": "a.extxyz", "charges": True},
+                "potential": {"energy_head": "process"},
+                "tasks": {"energy": 0, "forces": 0},
+            },
+            r"fitted to energies, but tasks\.energy is 0",
+        ),
         (RunConfig, {"pool": {"md": {}}}, "md needs starting structures"),
         (
             RunConfig,

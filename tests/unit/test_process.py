@@ -13,7 +13,7 @@ import torch
 from ase import Atoms
 from conftest import MakePotential
 
-from orbcalc.errors import CheckpointError, MissingLabelError
+from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
 from orbcalc.graph import AtomGraph
 from orbcalc.model import potential as potential_module
 from orbcalc.model import process as process_module
@@ -207,6 +207,13 @@ def test_it_is_placed_on_every_element(
     present = {int(z) for atoms in labelled for z in atoms.numbers}
     kinds = {int(potential.element_index[z]) for z in present}
     assert set(head.inducing_elements.tolist()) == kinds
+
+
+def test_a_committee_has_no_last_layer_of_its_own(fitted: Potential) -> None:
+    graph = AtomGraph.from_atoms(structures.water(), CUTOFF)
+    assert Committee([fitted])(graph, ["last_layer"]).last_layer is not None
+    with pytest.raises(ConfigError, match="ask one of its members"):
+        Committee([fitted, fitted])(graph, ["last_layer"])
 
 
 def test_features_do_not_depend_on_what_it_is_fitted_to(unfitted: Potential) -> None:
