@@ -217,9 +217,11 @@ def model_errors(
     shares: bool = False,
 ) -> dict[str, float]:
     """Return MAE and RMSE of a committee's mean: eV/atom, eV/Å, eV/Å³, e; see `ErrorSums`."""
-    sums = ErrorSums(shares=shares)
-    for graph, targets in on_device(dataset, batch_size, committee.first):
-        sums.add(committee.first, committee(graph, properties), graph, targets)
+    first = committee.first
+    is_fitted = first.n_inducing == 0 or bool(first.told.any())
+    sums = ErrorSums(energy=is_fitted, shares=shares)
+    for graph, targets in on_device(dataset, batch_size, first):
+        sums.add(first, committee(graph, properties), graph, targets)
     return sums.result()
 
 

@@ -177,9 +177,9 @@ def test_held_out_structures_need_cheap_labels(
 
 
 def test_features_may_be_learned_before_any_energy(
-    labelled_waters: list[Atoms], tmp_path: Path
+    labelled_waters: list[Atoms], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cheap = few_energies(labelled_waters)[1::2]
+    cheap = few_energies(labelled_waters)
     ion = Atoms("F", info={"charge": -1})  # an element that no energy is of
     config = train_config(
         write_pool(tmp_path / "cheap.extxyz", [*cheap, ion]),
@@ -187,9 +187,16 @@ def test_features_may_be_learned_before_any_energy(
         tasks={"forces": 0, "energy": 0},
         potential={"energy_head": "process"},
     )
-    first = train(config)
+    records: list[dict[str, Any]] = []
+    first = train(config, lambda record: records.append(dict(record)))
     assert first.first.n_inducing > 0
     assert not first.has_uncertainty
+    _, metadata = load_model(config.output)
+    for errors in (*records, metadata["valid_errors"]):
+        assert "xtb_energy_mae" in errors
+        assert "energy_mae" not in errors
+    print_model(config.output)
+    assert "energy: features for a process, no energy learned" in capsys.readouterr().out
     [below] = predict(config.output, labelled_waters[:1])
     assert below["energy"] == pytest.approx(labelled_waters[0].info[XTB_ENERGY], abs=3.0)
     few = few_energies(labelled_waters)[::2]
