@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from orbcalc.errors import ConfigError, OrbcalcError
 from orbcalc.files import append_json, read_jsonl, write_text
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS, XTB_ENERGY
+from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS
 from orbcalc.structures import hold_out, is_lone_atom, structure_key
 
 __all__ = ["train_committee", "write_features_set", "write_training_set"]
@@ -96,7 +96,7 @@ def write_features_set(
 
 def write_training_set(
     files: RoundFiles,
-    pool: Collection[str],
+    pool: Mapping[str, Atoms],
     store: LabelStore,
     config: RunConfig,
     *,
@@ -111,7 +111,7 @@ def write_training_set(
     files
         Of the round that the committee belongs to.
     pool
-        Structure keys.
+        By structure key.
     store
         Of the labels.
     config
@@ -128,25 +128,25 @@ def write_training_set(
     ConfigError
         If they are too few.
     """
-    known = set(store.keys("reference", LabelStatus.ok))
-    with_charges = set(store.keys("charges", LabelStatus.ok))
-    only_cheap = with_charges - known if config.pool.charges else set[str]()
+    known = pool.keys() & store.keys("reference", LabelStatus.ok)
+    with_charges = pool.keys() & store.keys("charges", LabelStatus.ok)
     if config.potential.baseline != "none":
         known &= with_charges  # of the others the difference is not known
-    labelled, cheap = (
-        store.labelled_atoms([key for key in pool if key in own]) for own in (known, only_cheap)
-    )
-    n_known = len(labelled) * (1 - config.selection.valid_fraction)
+    n_known = len(known) * (1 - config.selection.valid_fraction)
     training = _training_config(files, config, seed).resolved(
         cheap_only=config.pool.charges,
         few_energies=features.exists() and n_known <= PROCESS_LABELS,
     )
     head = training.potential.energy_head
+    cheap = with_charges - known if config.pool.charges else set[str]()
     if features.exists() and head == "process":
-        labelled = _covered(labelled, cheap)
-        start_from, cheap = features, []  # which have been learned from
+        known = _covered(known, with_charges, pool)
+        start_from, cheap = features, set()  # which have been learned from
     elif start_from is not None and _head_of(start_from) != head:
         start_from = None
+    labelled, others = (
+        store.labelled_atoms([key for key in pool if key in own]) for own in (known, cheap)
+    )
     held_out = _held_out(labelled, config.selection.valid_fraction)
     if not any(held_out):
         raise ConfigError(
@@ -157,19 +157,19 @@ def write_training_set(
     if start_from is not None:  # paths from its own folder, which may be copied or moved
         start_from = Path(os.path.relpath(start_from, files.folder))
         training = training.model_copy(update={"start_from": start_from})
-    _write(files, [*labelled, *cheap], [*held_out, *(False for _ in cheap)], training)
+    _write(files, [*labelled, *others], [*held_out, *(False for _ in others)], training)
 
 
-def _covered(labelled: Sequence[Atoms], cheap: Sequence[Atoms]) -> list[Atoms]:
+def _covered(known: set[str], learned: set[str], pool: Mapping[str, Atoms]) -> set[str]:
     """Leave out what has an element that no cheap label is of: features do not know it."""
-    known = {z for a in (*labelled, *cheap) if XTB_ENERGY in a.info for z in a.numbers.tolist()}
-    covered = [atoms for atoms in labelled if known.issuperset(atoms.numbers.tolist())]
-    if len(covered) < len(labelled):
+    elements = {z for key in learned for z in pool[key].numbers.tolist()}
+    covered = {key for key in known if elements.issuperset(pool[key].numbers.tolist())}
+    if n_left := len(known) - len(covered):
         logger.warning(
             "%d labelled structures are not learned from, and such are not predicted: no cheap "
             "label is of all of their elements, and a process needs them. Choose "
             "potential.energy_head: network for them.",
-            len(labelled) - len(covered),
+            n_left,
         )
     return covered
 
