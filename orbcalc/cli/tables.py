@@ -59,8 +59,8 @@ def print_model(path: Path) -> None:
     n_weights = sum(p.numel() for p in first.parameters())
     energy = f"process of {first.n_inducing} atoms" if first.n_inducing else "network"
     if first.n_inducing and not first.told.any():
-        energy = "features for a process, no energy learned"
-    if first.config.xtb_head == "baseline":
+        energy = "none learned but that of GFN1-xTB (features for a process)"
+    elif first.config.xtb_head == "baseline":
         energy += " above a learned GFN1-xTB energy"
     elif first.config.baseline != "none":
         energy += f" above a computed {first.config.baseline} energy"

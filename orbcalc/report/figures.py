@@ -187,22 +187,35 @@ def _learning_curve(axes: Axes, run: RunFacts) -> None:
 
 
 def _validation_curve(axes: Axes, run: RunFacts, name: str, label: str) -> None:
-    latest = {
-        (m["round"], m["member"], m["step"]): m[name] * MILLI for m in run.metrics if name in m
-    }
+    # Features that are learned before any energy have errors of GFN1-xTB energies only.
+    own, before = (
+        {
+            (m["round"], m["member"], m["step"]): m[key] * MILLI
+            for m in run.metrics
+            if key in m and (key == name or name not in m)
+        }
+        for key in (name, f"xtb_{name}")
+    )
     axes.set_ylabel(label, **text_style())
-    if not latest:
+    keys = {*own, *before}
+    if not keys:
         leave_empty(axes, "no values yet")
         return
     start = 0
-    for number in sorted({key[0] for key in latest}):
-        for member in sorted({key[1] for key in latest}):
-            points = sorted((s, v) for (r, m, s), v in latest.items() if (r, m) == (number, member))
-            steps, values = [start + s for s, _ in points], [v for _, v in points]
-            axes.plot(
-                steps, values, color=BLUE if member == 0 else SKY, marker=".", lw=1.2, ms=5,
-                ls="-" if member == 0 else "--",
-            )  # fmt: skip
+    for number in sorted({key[0] for key in keys}):
+        for member in sorted({key[1] for key in keys}):
+            style: dict[str, Any] = {
+                "marker": ".", "lw": 1.2, "ms": 5, "ls": "-" if member == 0 else "--"
+            }  # fmt: skip
+            for values, colour, text in (
+                (own, BLUE if member == 0 else SKY, None),
+                (before, ORANGE, "GFN1-xTB energy, learned before"),
+            ):
+                points = sorted((k[2], v) for k, v in values.items() if k[:2] == (number, member))
+                if points:
+                    steps = [start + step for step, _ in points]
+                    once = text if member == 0 else None
+                    axes.plot(steps, [v for _, v in points], color=colour, label=once, **style)
         axes.axvline(start, color=GREY, lw=0.8, ls=":", zorder=0)
         axes.annotate(
             f"round {number}" if number == 0 else str(number), (start, 1), (3, -9),
@@ -210,9 +223,11 @@ def _validation_curve(axes: Axes, run: RunFacts, name: str, label: str) -> None:
         )  # fmt: skip
         start += max(m.get("steps", m["step"]) for m in run.metrics if m["round"] == number)
     style_axes(axes)
-    values = [value for value in latest.values() if np.isfinite(value)]
-    set_log(axes, "y", [*values, 1.4 * max(values, default=0.0)])  # room for the names of rounds
+    known = [value for value in (*own.values(), *before.values()) if np.isfinite(value)]
+    set_log(axes, "y", [*known, 1.4 * max(known, default=0.0)])  # room for the names of rounds
     axes.set_xlim(0, 1.02 * start)
+    if before:
+        set_legend(axes, "best")
 
 
 def _force_parity(axes: Axes, forces: ForceComparison | None) -> None:
