@@ -92,7 +92,7 @@ class DataSet:
             One of `DRAWS`: all structures of a group before those of the next, structures at
             random from all groups, or the most informative ones.
         order
-            These.
+            The most informative ones; others follow at random.
 
         Raises
         ------

@@ -58,7 +58,7 @@ def print_model(path: Path) -> None:
     first = committee.first
     n_weights = sum(p.numel() for p in first.parameters())
     energy = f"process of {first.n_inducing} atoms" if first.n_inducing else "network"
-    if first.n_inducing and not first.told.any():
+    if not first.has_energies:
         energy = "none learned but that of GFN1-xTB (features for a process)"
     elif first.config.xtb_head == "baseline":
         energy += " above a learned GFN1-xTB energy"

@@ -177,6 +177,12 @@ class Potential(nn.Module):
         return head.n_last if isinstance(head, ProcessHead) else 0
 
     @property
+    def has_energies(self) -> bool:
+        """Whether its energies are those of labels; not before a process is fitted to some."""
+        is_process = isinstance(self.energy_head, ProcessHead)
+        return not is_process or (self.n_inducing > 0 and bool(self.told.any()))
+
+    @property
     def reference_energies(self) -> Float[Tensor, " n_elements"]:
         """Energy of each lone atom, eV, float64."""
         if self._reference_energies.device != self.element_index.device:

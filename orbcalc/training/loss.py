@@ -157,14 +157,11 @@ class ErrorSums:
 
     Parameters
     ----------
-    energy
-        Count energies; features for a process have none but those of GFN1-xTB.
     shares
         Count what is within the uncertainties of energies and forces, too.
     """
 
-    def __init__(self, *, energy: bool = True, shares: bool = False) -> None:
-        self._energies = ("energy", "xtb_energy") if energy else ("xtb_energy",)
+    def __init__(self, *, shares: bool = False) -> None:
         self._shares = shares
         self._sums: dict[str, Tensor] = {}
         self._within: dict[str, Tensor] = {}
@@ -174,7 +171,7 @@ class ErrorSums:
     ) -> None:
         """Add a batch; missing labels do not count, NaN predictions make the errors NaN."""
         n_atoms = graph.n_atoms_of_structure
-        for name in self._energies:
+        for name in ("energy", "xtb_energy") if potential.has_energies else ("xtb_energy",):
             if (output := getattr(prediction, name)) is not None:
                 self._add(name, output / n_atoms, getattr(targets, name) / n_atoms)
         for name in ("forces", "stress", "xtb_forces"):

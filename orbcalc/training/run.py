@@ -217,11 +217,9 @@ def model_errors(
     shares: bool = False,
 ) -> dict[str, float]:
     """Return MAE and RMSE of a committee's mean: eV/atom, eV/Å, eV/Å³, e; see `ErrorSums`."""
-    first = committee.first
-    is_fitted = first.n_inducing == 0 or bool(first.told.any())
-    sums = ErrorSums(energy=is_fitted, shares=shares)
-    for graph, targets in on_device(dataset, batch_size, first):
-        sums.add(first, committee(graph, properties), graph, targets)
+    sums = ErrorSums(shares=shares)
+    for graph, targets in on_device(dataset, batch_size, committee.first):
+        sums.add(committee.first, committee(graph, properties), graph, targets)
     return sums.result()
 
 
@@ -352,7 +350,8 @@ def _resolved(config: TrainConfig, sets: LabelledSets) -> TrainConfig:
         and not any(map(is_lone_atom, told))
         and any(_carries(atoms, XTB_ENERGY) for atoms in sets.valid)
     )
-    has_features = _has_features(config.start_from)
+    is_open = config.potential.energy_head is None  # else the model need not be read for it
+    has_features = is_open and _has_features(config.start_from)
     return config.resolved(
         cheap_only=n_cheap > 0 or has_features, few_energies=few_energies or has_features
     )

@@ -253,8 +253,7 @@ def evaluate(
     judged = tasks
     if dataset.labelled(tasks.reference):
         judged = tasks.model_copy(update=dict.fromkeys(set(tasks.active) - {*tasks.reference}, 0.0))
-    is_fitted = tasks.energy > 0 or potential.config.energy_head != "process"
-    sums, total, weight = ErrorSums(energy=is_fitted), 0.0, 0
+    sums, total, weight = ErrorSums(), 0.0, 0
     for graph, targets in on_device(dataset, batch_size, potential):
         prediction = potential(graph, active_properties(tasks))
         loss, _ = multitask_loss(potential, prediction, graph, targets, judged, scales)
