@@ -32,7 +32,8 @@ _N_RANDOM, _LENGTH = 200, 1.5
 #: Parts of the configuration of each kind of potential. *Computed*: the difference from GFN1-xTB
 #: is learned, with the charges of the labelled structures. *Cheap labels*: GFN1-xTB energies (as a
 #: learned baseline) and charges of the whole pool are learned, too; *first*: before all others,
-#: which a process is then fitted to. Without: the charges of the labelled structures only.
+#: which a process is then fitted to, as in `orbcalc run`. Without: the charges of the labelled
+#: structures only.
 RECIPES = {
     "GFN1-xTB computed": {"xtb_head": "none", "baseline": "GFN1-xTB"},
     "cheap labels": {"xtb_head": "baseline", "energy_head": "network"},
@@ -187,23 +188,46 @@ class PotentialOnPool:
         for index, energy in zip(labelled, energies, strict=True):
             known.append(self.pool[index].copy())
             known[-1].info[REF_ENERGY] = float(energy)
+        if self.recipe == "cheap labels first":
+            self._fit(self._last, known, {}, self._features())
+            return
         train, valid = split(known, 0.1, self.seed)
-        if self.recipe.startswith("cheap labels"):
+        if self.recipe == "cheap labels":
             train += [self.pool[i] for i in sorted({*range(len(self.pool))} - {*labelled.tolist()})]
-        files = [self._last.with_name(f"{self._last.stem}_{name}.extxyz") for name in ("t", "v")]
-        for path, structures in zip(files, (train, valid), strict=True):
-            write_structures(path, structures)
+        self._fit(self._last, train, {}, before, valid)
+
+    def _features(self) -> Path:
+        """Learn the cheap labels of the pool, once."""
+        terms = f"{self.recipe} {self.optimizer} {self.seed}"
+        path = self.folder / f"features_{hashlib.sha256(terms.encode()).hexdigest()[:8]}.orbcalc"
+        if not path.exists():
+            self._fit(path, self.pool, {"energy": 0.0}, None)
+        return path
+
+    def _fit(
+        self,
+        output: Path,
+        train: Sequence[Atoms],
+        tasks: Mapping[str, float],
+        before: Path | None,
+        valid: Sequence[Atoms] = (),
+    ) -> None:
+        """Train a model; without structures to validate with it holds some out if need be."""
+        files = {name: output.with_name(f"{output.stem}_{name}.extxyz") for name in ("t", "v")}
+        for path, structures in zip(files.values(), (train, valid), strict=True):
+            if structures:
+                write_structures(path, structures)
         steps = self.optimizer["steps"]
         config = {
-            "train": str(files[0]),
-            "valid": [str(files[1])],
-            "output": str(self._last),
+            "train": str(files["t"]),
+            "valid": [str(files["v"])] if valid else 0.1,
+            "output": str(output),
             "seed": self.seed,
             "potential": {"preset": "small", **RECIPES[self.recipe]},
-            "tasks": {"forces": 0.0},
+            "tasks": {"forces": 0.0, **tasks},
             "optimizer": {**self.optimizer, "evaluate_every": max(steps // 5, 1)},
             "start_from": None if before is None else str(before),
         }
         orbcalc.train(parse_config(config, TrainConfig, source="screen"))
-        for path in files:
-            path.unlink()
+        for path in files.values():
+            path.unlink(missing_ok=True)

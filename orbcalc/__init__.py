@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from orbcalc.active.labelling import label
     from orbcalc.active.loop import run
-    from orbcalc.calculator import OrbcalcCalculator, predict
+    from orbcalc.calculator import OrbcalcCalculator
+    from orbcalc.prediction import predict
     from orbcalc.results import results_of, with_results
     from orbcalc.training.run import train
 
@@ -30,7 +31,7 @@ __version__ = "0.1.0"
 _HOME = {
     "OrbcalcCalculator": "orbcalc.calculator",
     "label": "orbcalc.active.labelling",
-    "predict": "orbcalc.calculator",
+    "predict": "orbcalc.prediction",
     "results_of": "orbcalc.results",
     "run": "orbcalc.active.loop",
     "train": "orbcalc.training.run",

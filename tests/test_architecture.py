@@ -90,11 +90,12 @@ def test_public_names_are_those_of_their_modules() -> None:
     import orbcalc.active.labelling
     import orbcalc.active.loop
     import orbcalc.calculator
+    import orbcalc.prediction
     import orbcalc.results
     import orbcalc.training.run
 
     assert orbcalc.OrbcalcCalculator is orbcalc.calculator.OrbcalcCalculator
-    assert orbcalc.predict is orbcalc.calculator.predict
+    assert orbcalc.predict is orbcalc.prediction.predict
     assert orbcalc.results_of is orbcalc.results.results_of
     assert orbcalc.with_results is orbcalc.results.with_results
     assert orbcalc.label is orbcalc.active.labelling.label

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: Structures at most that the training of features is validated with.
 _MOST_HELD_OUT = 500
 
+#: What the metadata of a model tell of its training.
+_COUNTS = ("n_train", "n_cheap", "n_valid", "n_left_out")
+
 #: Configuration file, member, log, number of the round, device.
 TrainTask = tuple[str, int, str, int, str]
 
@@ -104,7 +107,7 @@ def write_training_set(
     start_from: Path | None,
     features: Path,
 ) -> None:
-    """Divide what is labelled so far and write it with the configuration of its training.
+    """Write what is labelled so far, divided if need be, with the configuration of its training.
 
     Parameters
     ----------
@@ -147,6 +150,9 @@ def write_training_set(
     labelled, others = (
         store.labelled_atoms([key for key in pool if key in own]) for own in (known, cheap)
     )
+    if start_from is not None:  # paths from its own folder, which may be copied or moved
+        start_from = Path(os.path.relpath(start_from, files.folder))
+        training = training.model_copy(update={"start_from": start_from})
     held_out = _held_out(labelled, config.selection.valid_fraction)
     if not any(held_out):
         raise ConfigError(
@@ -154,9 +160,9 @@ def write_training_set(
             f"for validation. Look at the failed labels, or begin another run with a larger "
             f"selection.initial."
         )
-    if start_from is not None:  # paths from its own folder, which may be copied or moved
-        start_from = Path(os.path.relpath(start_from, files.folder))
-        training = training.model_copy(update={"start_from": start_from})
+    in_turn = training.model_copy(update={"valid": config.selection.valid_fraction})
+    if in_turn.leaves_one_out:
+        training, held_out = in_turn, [False for _ in labelled]
     _write(files, [*labelled, *others], [*held_out, *(False for _ in others)], training)
 
 
@@ -200,7 +206,8 @@ def _write(
     pairs = list(zip(structures, held_out, strict=True))
     for name, is_out in (("train.extxyz", False), ("valid.extxyz", True)):
         own = [atoms for atoms, out in pairs if out is is_out]
-        write_structures(files.folder / name, own)
+        if own:
+            write_structures(files.folder / name, own)
     write_text(files.train, dump_config(training))
 
 
@@ -232,8 +239,8 @@ def train_committee(
     Returns
     -------
     dict
-        Errors of the committee on the structures held out, ``n_train``, ``n_cheap`` and
-        ``n_valid``.
+        Errors of the committee on the structures held out, or left out in turn, and ``n_train``,
+        ``n_cheap``, ``n_valid`` and ``n_left_out``.
 
     Raises
     ------
@@ -289,7 +296,7 @@ def finish_on_worker(task: tuple[str, str]) -> dict[str, Any]:
     _, metadata = load_model(config.output)
     found: dict[str, Any] = {
         "errors": metadata["valid_errors"],
-        **{name: metadata["training_set"][name] for name in ("n_train", "n_cheap", "n_valid")},
+        **{name: metadata["training_set"][name] for name in _COUNTS},
     }
     return found
 

@@ -107,7 +107,7 @@ def write_output(
     keys = [structure_key(atoms) for atoms in pool]
     answers = _labels(store, set(keys))
     rest = {key: a for key, a in zip(keys, pool, strict=True) if key not in answers}
-    structures = with_baseline(config.potential, store, rest)
+    structures = with_baseline(config, store, rest)
     found = predict_results(executor, folder.model.absolute(), structures, config.device)
     told = {POOL_CERTIFIED: certificate.certified, POOL_MODEL: f"sha256:{certificate.model_hash}"}
     for key, result in zip(rest, found, strict=True):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from orbcalc.active.executor import Executor
 from orbcalc.active.quantities import expected_error
-from orbcalc.config import PotentialConfig
+from orbcalc.config import RunConfig
 from orbcalc.errors import MissingLabelError, OrbcalcError, StructureError
 from orbcalc.labels.store import LabelStore
 from orbcalc.structures import is_lone_atom
@@ -33,16 +33,14 @@ T = TypeVar("T")
 
 
 def with_baseline(
-    potential: PotentialConfig, store: LabelStore, structures: Mapping[str, Atoms]
+    config: RunConfig, store: LabelStore, structures: Mapping[str, Atoms]
 ) -> list[Atoms]:
-    """Return structures, by structure key, as predictions need them.
+    """Return structures, by structure key, with the GFN1-xTB labels that the pool has.
 
-    Above a computed baseline they carry its labels of the store; one whose label failed carries
-    none, and cannot be predicted.
+    Above a computed baseline one whose label failed cannot be predicted. Above a learned one the
+    label takes its place, as it is more accurate.
     """
-    if potential.baseline == "none":
-        return list(structures.values())
-    return store.labelled_atoms(structures)
+    return store.labelled_atoms(structures) if config.pool.charges else list(structures.values())
 
 
 def predict_pool(
@@ -134,7 +132,7 @@ def predict_results_chunk(
     model: Path, device: str, structures: list[Atoms]
 ) -> list[dict[str, Any] | str]:
     """Predict some structures on a model worker."""
-    from orbcalc.calculator import open_model, predict
+    from orbcalc.prediction import open_model, predict
 
     committee, _ = open_model(model, device=device)
 
@@ -155,8 +153,8 @@ def functions_chunk(
     model: Path, device: str, structures: list[Atoms]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Evaluate them for some structures on a model worker."""
-    from orbcalc.calculator import open_model, predict
     from orbcalc.model.committee import Committee
+    from orbcalc.prediction import open_model, predict
 
     committee, _ = open_model(model, device=device)
     first = committee.first
@@ -181,7 +179,7 @@ def predict_chunk(
     model: Path, device: str, quantity: str, forces: bool, structures: list[Atoms]
 ) -> list[dict[str, Any]]:
     """Predict some structures on a model worker."""
-    from orbcalc.calculator import predict
+    from orbcalc.prediction import predict
 
     more = ("forces",) if forces else ()
     scored = ("forces_uncertainty",) if quantity == "forces" else ()

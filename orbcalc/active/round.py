@@ -254,7 +254,7 @@ class Round:
         return {"budget": budget, "seed": self.config.seed, "number": self.number}
 
     def _predictable(self, structures: Mapping[str, Atoms]) -> list[Atoms]:
-        return with_baseline(self.config.potential, self.store, structures)
+        return with_baseline(self.config, self.store, structures)
 
     def _costs(self, open_keys: Sequence[str], pool: Mapping[str, Atoms]) -> np.ndarray:
         """Predict the seconds of reference labels from those of earlier ones, by atoms."""

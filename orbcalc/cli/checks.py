@@ -86,9 +86,11 @@ def _check_training(config: TrainConfig) -> None:
     from orbcalc.training.trainer import Trainer
 
     config, _, train_set, valid_set = prepared(config)
-    census = {task: n + valid_set.census()[task] for task, n in train_set.census().items()}
-    n_train, n_valid = len(train_set), len(valid_set)
-    output.print(f"{n_train + n_valid} structures, labels: {census}; {n_valid} of them held out")
+    census, n_train, judged = train_set.census(), len(train_set), "each left out in turn"
+    if valid_set is not None:
+        census = {task: n + valid_set.census()[task] for task, n in census.items()}
+        n_train, judged = n_train + len(valid_set), f"{len(valid_set)} of them held out"
+    output.print(f"{n_train} structures, labels: {census}; {judged}")
     Trainer(train_set, valid_set, config, seed=0)  # which refuses what it cannot learn from
     if config.reference_energies is not None:
         given_energies(config.reference_energies, train_set.elements)

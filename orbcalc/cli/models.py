@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,8 +50,8 @@ def evaluate(
 ) -> None:
     """Compare a model with the labels of structures: errors, and shares within uncertainties."""
     from orbcalc.active.folder import write_structures
-    from orbcalc.calculator import baseline_worker, open_model, predict
     from orbcalc.model.checkpoint import learned_charges
+    from orbcalc.prediction import baseline_worker, open_model, predict
     from orbcalc.properties import OWN_LABELS
     from orbcalc.results import with_results
     from orbcalc.training.dataset import LabelDataset
@@ -78,7 +78,8 @@ def evaluate(
         )
     if out is not None:
         wanted = dict.fromkeys([*names, "forces", *charges])
-        results = predict(committee, labelled, [*wanted], baseline="labels")
+        source: Literal["compute", "labels"] = "compute" if worker is None else "labels"
+        results = predict(committee, labelled, [*wanted], baseline=source)
         write_structures(out, [with_results(*pair) for pair in zip(labelled, results, strict=True)])
     if as_json:
         output.print_json(json.dumps({"structures": len(dataset), **errors}))

@@ -107,9 +107,11 @@ def event_in_words(record: Mapping[str, Any]) -> str:
         )
     if event == "trained":
         cheap = f" (and {record['n_cheap']} with cheap labels)" if record["n_cheap"] else ""
+        is_fit = record.get("n_left_out", 0) > 0
+        judged = "on each left out in turn" if is_fit else f"on {record['n_valid']} held out"
         return (
             f"{where}trained on {record['n_train']}{cheap}: {_errors_in_words(record['errors'])} "
-            f"on {record['n_valid']} held out"
+            f"{judged}"
         )
     if event == "look":
         mean, unit = record["mean_error"], record["unit"]

@@ -15,7 +15,7 @@ from orbcalc.labels.process import WorkerProcess
 from orbcalc.properties import XTB_ENERGY, XTB_FORCES, XTB_METHOD
 from orbcalc.structures import geometry
 
-__all__ = ["BaselineWorker", "Outcome", "labelled_baseline", "raised"]
+__all__ = ["BaselineWorker", "Outcome", "labelled_baseline", "labelled_energies", "raised"]
 
 #: Seconds after which a structure is given up.
 _TIMEOUT_S = 600.0
@@ -108,6 +108,22 @@ def labelled_baseline(
                 f"{atoms.get_chemical_formula()} carries no GFN1-xTB label ({XTB_ENERGY}, "
                 f"{XTB_FORCES}), which the model is the difference from"
             )
+
+
+def labelled_energies(
+    structures: Sequence[Atoms], learned: Sequence[float], trained_with: str | None = None
+) -> list[float]:
+    """Return GFN1-xTB energies, eV: labels where there are some, else the learned ones.
+
+    Raises
+    ------
+    LabelConflictError
+        If labels name another method than that of the labels that were trained on.
+    """
+    return [
+        float(atoms.info[XTB_ENERGY]) if _is_labelled(atoms, trained_with) else energy
+        for atoms, energy in zip(structures, learned, strict=True)
+    ]
 
 
 def raised(outcomes: Iterable[Outcome]) -> Iterator[Values]:

@@ -14,13 +14,13 @@ from jaxtyping import Float
 
 from orbcalc.active.certificate import Certificate
 from orbcalc.active.folder import RoundFiles, RunFolder
-from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, load_config
 from orbcalc.errors import ConfigError, OrbcalcError
 from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import STRUCTURE_KEY, LabelStore
 from orbcalc.model.checkpoint import load_model
+from orbcalc.prediction import predict
 from orbcalc.properties import REF_ENERGY, REF_FORCES
 from orbcalc.report.facts import Comparison, ForceComparison, LookFacts, RoundFacts, RunFacts
 from orbcalc.structures import read_structures
@@ -288,13 +288,15 @@ def _model_facts(folder: RunFolder, rounds: Sequence[RoundFacts]) -> dict[str, s
         first = committee.first
         parameters = sum(weight.numel() for weight in first.parameters())
         training = metadata.get("training_set", {})
+        is_fit = training.get("n_left_out", 0) > 0
+        judged = "each left out in turn" if is_fit else f"{training.get('n_valid', '?')} held out"
         return {
             **_features_facts(folder),
             "newest model": f"round {facts.number}: committee of {len(committee.members)}, "
             f"{parameters:,} parameters each, cutoff {committee.cutoff:g} Å",
             "trained on": f"{training.get('n_train', '?')} structures, "
             f"{training.get('n_cheap', '?')} with cheap labels only, "
-            f"{training.get('n_valid', '?')} held out; SHA-256 {training.get('sha256', '?')[:16]}",
+            f"{judged}; SHA-256 {training.get('sha256', '?')[:16]}",
         }
     return {}
 

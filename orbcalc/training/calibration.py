@@ -1,4 +1,4 @@
-"""How sure a model is: sizes of its errors, measured on structures held out.
+"""How sure a model is: sizes of its errors, measured on structures held out, or each left out.
 
 The rigidity of the last layer (LLPR, Bigi 2024, 2403.02251) says which errors are large: with
 ``f`` the sum over atoms of what the energy is a linear function of (the last layer, and the numbers
@@ -11,6 +11,9 @@ How new an atom is, the norm of ``Vᵀ g`` says, with its own part ``g`` of ``f`
 ``W`` is of the mean of ``g gᵀ`` over the atoms of the training set. It stands for the uncertainty
 of the force on the atom. The root of its RMS over the atoms is a factor of the energy's:
 ``|Wᵀ f| (mean |Vᵀ g|²)^¼``. Members of a committee are averaged.
+
+A process that was fitted to all structures is judged by what it says of each without the energy of
+that one. So are ``F`` and the mean of ``g gᵀ``: without the terms of the structure.
 
 A committee also has the spread of its members: its square is added, with the weight that makes the
 errors held out the likeliest. docs/uncertainty.md compares all of them.
@@ -35,6 +38,7 @@ from orbcalc.model.committee import Calibration, Committee, joined_score
 from orbcalc.model.potential import Potential, Prediction
 from orbcalc.training.dataset import LabelDataset, Targets, on_device
 from orbcalc.training.loss import tells_forces
+from orbcalc.training.process import left_out
 
 __all__ = ["calibrate"]
 
@@ -44,6 +48,9 @@ ONE_SIGMA = 0.6827
 #: ζ of structures, in units of the mean eigenvalue of F: the likeliest one is taken.
 _REGULARISERS = tuple(10.0**power for power in range(-9, 2))
 
+#: Share of a mean below which what is left without a structure is rounding.
+_TINY = 1e-12
+
 #: That of atoms, which are many: smaller ones and 1e-4 do as well.
 _ATOM_REGULARISER = 1e-5
 
@@ -52,7 +59,7 @@ _SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
 
 
 def calibrate(
-    committee: Committee, train: LabelDataset, valid: LabelDataset, batch_size: int = 32
+    committee: Committee, train: LabelDataset, valid: LabelDataset | None, batch_size: int = 32
 ) -> Committee:
     """Measure the last layers of the members, and scale uncertainties to the size of errors.
 
@@ -63,7 +70,8 @@ def calibrate(
     train
         What they were trained on.
     valid
-        Labelled structures that no member was trained on.
+        Labelled structures that no member was trained on. None for a single member with a process:
+        each structure of `train` is left out in turn.
 
     Returns
     -------
@@ -71,13 +79,17 @@ def calibrate(
         The same members. Without energies in `train` and `valid` a single member has no
         uncertainties, and several have their spread; without forces there are none of forces.
     """
+    measured = []
     for member in committee.members:
         assert isinstance(member, Potential)
-        _measure_rigidity(member, train, valid, batch_size)
+        measured.append(_measure_rigidity(member, train, valid, batch_size))
     raw = Committee([*committee.members])
     if not raw.has_uncertainty:
         return raw
-    energies, forces = _held_out(raw, valid, batch_size)
+    if valid is None:
+        (energies,), forces = measured, _HeldOut.nothing()
+    else:
+        energies, forces = _held_out(raw, valid, batch_size)
     energy_weight, energy, energy_95 = _scales(energies)
     forces_weight, force, force_95 = _scales(forces)
     has_forces = len(forces.errors) > 0
@@ -101,6 +113,10 @@ class _HeldOut:
     errors: Float[Tensor, "n 1"]
     rigidity: Float[Tensor, "n 1"]
     spread: Float[Tensor, "n 1"]
+
+    @classmethod
+    def nothing(cls) -> _HeldOut:
+        return cls(*(torch.empty(0, 1, dtype=torch.float64) for _ in range(3)))
 
     def score(self, weight: float) -> Float[Tensor, "n 1"]:
         return joined_score(self.rigidity, self.spread, weight)
@@ -158,42 +174,67 @@ def _scales(held_out: _HeldOut) -> tuple[float, float, float]:
 
 
 def _measure_rigidity(
-    potential: Potential, train: LabelDataset, valid: LabelDataset, batch_size: int
-) -> None:
-    """Set the whitenings of the last layer; they are zero without energies."""
+    potential: Potential, train: LabelDataset, valid: LabelDataset | None, batch_size: int
+) -> _HeldOut:
+    """Set the whitenings of the last layer, zero without energies; return what chose them."""
     buffers = [potential.get_buffer(name) for name in ("whitening", "atom_whitening")]
     for buffer in buffers:
         buffer.zero_()  # it may be that of an earlier training
-    products, n_known = _mean_products(potential, train, batch_size)
-    if n_known == 0:
-        return
+    products, counts = _mean_products(potential, train, batch_size)
+    if counts[0] == 0:
+        return _HeldOut.nothing()
     n_elements = len(potential.elements)
     (of_atoms,) = _whitenings(products[1], n_elements, (_ATOM_REGULARISER,))
-    rows: list[tuple[Tensor, Tensor]] = []
-    for graph, targets, prediction, last in _last_layers(potential, valid, batch_size):
+    # Terms of a structure that are to be left out of the means, and how many there are.
+    n_means, n_atoms_seen = (math.inf, math.inf) if valid is not None else counts.tolist()
+    judged = left_out(potential, train) if valid is None else valid
+    errors, means, factors = list[Tensor](), list[Tensor](), list[Tensor]()
+    for graph, targets, prediction, last in _last_layers(potential, judged, batch_size):
         n_atoms = graph.n_atoms_of_structure.double()
-        novelty = graph.sum_over_atoms((last @ of_atoms).square().sum(1)) / n_atoms
-        scaled = graph.sum_over_atoms(last) * (novelty**0.25 / n_atoms.sqrt())[:, None]
-        errors = _energy_errors(potential, prediction, targets, graph) / n_atoms.sqrt()
-        told = errors.isfinite()
-        rows.append((errors[told], scaled[told]))
-    errors, scaled = (torch.cat(column) for column in zip(*rows, strict=True))
-    if len(errors) == 0:
-        return
+        found = _energy_errors(potential, prediction, targets, graph) / n_atoms.sqrt()
+        for number in found.isfinite().nonzero()[:, 0].tolist():
+            own = last[graph.structure_index == number]
+            novelty = _squares(own @ of_atoms, n_atoms_seen).mean()
+            errors.append(found[number])
+            means.append(own.mean(0))
+            factors.append(n_atoms[number].sqrt() * novelty**0.25)
+    if not errors:
+        return _HeldOut.nothing()
+    column, rows, factor = torch.stack(errors)[:, None], torch.stack(means), torch.stack(factors)
+
+    def scores(whitening: Tensor) -> Float[Tensor, "n 1"]:
+        squares = (rows @ whitening).square().sum(1)
+        without = squares / (1.0 - squares / n_means).clamp_min(_TINY)
+        return (factor * without.sqrt())[:, None]
+
     of_structures = min(
         _whitenings(products[0], n_elements, _REGULARISERS),
-        key=lambda whitening: _unlikelihood(errors, (scaled @ whitening).norm(dim=1)),
+        key=lambda whitening: _unlikelihood(column, scores(whitening)),
     )
     for buffer, whitening in zip(buffers, (of_structures, of_atoms), strict=True):
         buffer.copy_(whitening.to(buffer))
+    return _HeldOut(column, scores(of_structures), torch.zeros_like(column))
+
+
+def _squares(rows: Float[Tensor, "n n_last"], among: float) -> Float[Tensor, " n"]:
+    """Return squares of whitened vectors, were they not among those that the mean is of.
+
+    With ``K`` their products, that is the diagonal of ``K (1 - K / among)⁻¹`` (Woodbury).
+    """
+    if among == math.inf:
+        return rows.square().sum(1)
+    products = rows @ rows.T
+    identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    without: Tensor = torch.linalg.solve(identity - products / among, products)
+    return without.diagonal()
 
 
 def _mean_products(
     potential: Potential, train: LabelDataset, batch_size: int
-) -> tuple[Float[Tensor, "2 n_last n_last"], int]:
+) -> tuple[Float[Tensor, "2 n_last n_last"], Float[Tensor, " 2"]]:
     """Return the mean of f fᵀ / n² over structures with an energy, and that of g gᵀ over atoms.
 
-    These are the atoms of those structures, and all with a force. Also the number of structures.
+    These are the atoms of those structures, and all with a force. Also the numbers of both.
     """
     n_last = len(potential.get_buffer("whitening"))
     device = potential.element_index.device
@@ -208,7 +249,7 @@ def _mean_products(
         for index, rows in enumerate((means[labelled], own)):
             products[index] += rows.T @ rows
             counts[index] += len(rows)
-    return products / counts.clamp_min(1.0)[:, None, None], int(counts[0])
+    return products / counts.clamp_min(1.0)[:, None, None], counts
 
 
 def _last_layers(

@@ -171,6 +171,13 @@ class LabelDataset:
         found.elements = sorted(elements)
         return found
 
+    def with_energies(self, energies: Iterable[Float[Tensor, " 1"]]) -> LabelDataset:
+        """Return the same structures with other energies, eV; NaN for none."""
+        found = copy(self)
+        pairs = zip(self.targets, energies, strict=True)
+        found.targets = [replace(targets, energy=energy) for targets, energy in pairs]
+        return found
+
     def labelled(self, tasks: Iterable[str]) -> list[int]:
         """Return the structures that have a label of any of these tasks."""
         wanted = list(tasks)

@@ -4,13 +4,16 @@ With the features of atoms fixed, the difference is a Gaussian process plus a su
 (Rasmussen & Williams 2006, Gaussian Processes for Machine Learning, section 2.7), observed with a
 noise whose variance grows with the number of atoms. Its size is that of the highest marginal
 likelihood. Before there is any energy the process can be placed: what is known then is how much
-each energy would tell about the others.
+each energy would tell about the others. Once it is fitted, what it would say of each structure
+without the energy of that structure is known as well: nothing needs to be held out.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,7 +31,7 @@ from orbcalc.training.statistics import (
     wild_energies,
 )
 
-__all__ = ["fit_process", "place_process"]
+__all__ = ["fit_process", "left_out", "place_process"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +105,87 @@ def fit_process(potential: Potential, dataset: LabelDataset) -> None:
     MissingLabelError
         If no structure but lone atoms has an energy.
     """
-    dataset = dataset.with_elements(potential.elements)
-    differences = _differences(potential, dataset)
-    is_lone = torch.tensor([is_lone_atom(graph) for graph in dataset.graphs])
-    if (n_lone := int(differences[is_lone].isfinite().sum())) > 0:
+    known = _known(potential, dataset)
+    if known.n_lone > 0:
         logger.warning(
             "energies of %d lone atoms are not learned by energy_head: process; choose network to "
             "keep them",
-            n_lone,
+            known.n_lone,
         )
+    head = _placed(potential, known.atoms)
+    fit = _Fit.of(head, known)
+    logger.info("process: noise %.1e of its variance", fit.noise)
+    weights, correction = fit.solution[: head.n_last], torch.zeros_like(known.shift)
+    head.weights = head.factor @ weights / (fit.unit * potential.energy_scale)
+    correction[known.told] = math.sqrt(_WIDE) * fit.solution[head.n_last :]
+    device = potential.element_index.device
+    potential.energy_head = head.to(device)
+    potential.forget_rigidity()
+    references = potential.xtb_reference_energies.cpu() + known.shift + correction
+    potential.reference_energies = references
+    potential.told = known.told.to(device)
+
+
+def left_out(potential: Potential, dataset: LabelDataset) -> LabelDataset:
+    """Return the structures with energies that show the errors of leave-one-out.
+
+    The error of a prediction of the potential, which was fitted to these structures, is then what
+    it would be without the energy of that structure; features, inducing atoms and the size of the
+    noise stay (Rasmussen & Williams 2006, section 5.4.2). A structure that alone tells of an
+    element has no energy then, as it could not be predicted. Nothing changes for what it was not
+    fitted to.
+
+    Parameters
+    ----------
+    potential
+        With a process that was fitted to `dataset`.
+    dataset
+        As it was fitted to.
+
+    Raises
+    ------
+    MissingLabelError
+        If no structure but lone atoms has an energy.
+    """
+    known = _known(potential, dataset)
+    head = potential.energy_head
+    assert isinstance(head, ProcessHead)
+    is_sole = ((known.counts > 0) & ((known.counts > 0).sum(0) == 1)).any(1)
+    own = _Fit.of(deepcopy(head).cpu(), known).moves * known.roots
+    moves = torch.zeros(len(dataset), dtype=torch.float64)
+    moves[known.chosen] = torch.where(is_sole, torch.nan, own)
+    return dataset.with_energies(
+        [t.energy + move for t, move in zip(dataset.targets, moves, strict=True)]
+    )
+
+
+class _Known(NamedTuple):
+    """Energies that a process is fitted to."""
+
+    chosen: Int[Tensor, " n"]
+    """Their structures in the data set."""
+    counts: Float[Tensor, "n n_elements"]
+    left: Float[Tensor, " n"]
+    """Differences from GFN1-xTB that reference energies leave, eV."""
+    atoms: _Atoms
+    shift: Float[Tensor, " n_elements"]
+    """Reference energies less those of GFN1-xTB, eV."""
+    told: Bool[Tensor, " n_elements"]
+    """Elements that the energies tell of."""
+    n_lone: int
+    """Energies of lone atoms, which are left out."""
+
+    @property
+    def roots(self) -> Float[Tensor, " n"]:
+        """Errors grow with the root of the number of atoms."""
+        return self.counts.sum(1).sqrt()
+
+
+def _known(potential: Potential, dataset: LabelDataset) -> _Known:
+    dataset = dataset.with_elements(potential.elements)
+    differences = _differences(potential, dataset)
+    is_lone = torch.tensor([is_lone_atom(graph) for graph in dataset.graphs])
+    n_lone = int(differences[is_lone].isfinite().sum())
     differences = torch.where(is_lone, torch.nan, differences)
     rows = differences.isfinite().nonzero()[:, 0]
     if len(rows) == 0:
@@ -125,10 +200,7 @@ def fit_process(potential: Potential, dataset: LabelDataset) -> None:
     chosen = rows[~wild]
     atoms = _atoms(potential, dataset, chosen.tolist())
     left = (differences - counts @ shift)[chosen]
-    potential.energy_head, correction = _fitted(potential, atoms, counts[chosen], left, told)
-    potential.forget_rigidity()
-    potential.reference_energies = potential.xtb_reference_energies.cpu() + shift + correction
-    potential.told = told.to(potential.told.device)
+    return _Known(chosen, counts[chosen], left, atoms, shift, told, n_lone)
 
 
 def _differences(potential: Potential, dataset: LabelDataset) -> Float[Tensor, " n_structures"]:
@@ -189,52 +261,48 @@ def _placed(potential: Potential, atoms: _Atoms) -> ProcessHead:
     return head
 
 
-def _fitted(
-    potential: Potential,
-    atoms: _Atoms,
-    counts: Float[Tensor, "n n_elements"],
-    left: Float[Tensor, " n"],
-    free: Bool[Tensor, " n_elements"],
-) -> tuple[ProcessHead, Float[Tensor, " n_elements"]]:
-    """Return the head, and what to add to the energies of free elements.
-
-    Parameters
-    ----------
-    potential
-        Whose features they are.
-    atoms
-        Of the labelled structures.
-    counts
-        Their numbers, by structure and element.
-    left
-        Differences that reference energies leave, eV.
-    free
-        Elements that the energies tell of.
-    """
-    head = _placed(potential, atoms)
-    functions = torch.zeros(len(left), head.n_last, dtype=torch.float64)
-    for part in torch.arange(len(atoms.owners)).split(_CANDIDATES):
-        own = head.functions(atoms.features[part], atoms.elements[part])
-        functions.index_add_(0, atoms.owners[part], own)
-    roots = counts.sum(1).sqrt()
-    functions /= roots[:, None]
-    unit = float(functions.square().sum(1).mean().sqrt()) or 1.0  # zero if all atoms are alone
-    of_elements = math.sqrt(_WIDE) * counts[:, free] / roots[:, None]
-    columns = torch.cat([functions / unit, of_elements], dim=1)
-    solution = _solution(columns, left / roots)
-    head.weights = head.factor @ solution[: head.n_last] / (unit * potential.energy_scale)
-    correction = torch.zeros(len(free), dtype=torch.float64)
-    correction[free] = math.sqrt(_WIDE) * solution[head.n_last :]
-    return head.to(potential.element_index.device), correction
-
-
-def _solution(columns: Float[Tensor, "n m"], values: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
-    """Return the mean of weights of unit variance a priori, with the likeliest noise.
+@dataclass(frozen=True)
+class _Fit:
+    """Mean of weights of unit variance a priori, with the likeliest noise.
 
     The variance of all, of which that of the noise is a share, is the likeliest one as well.
     """
-    u, s, vh = torch.linalg.svd(columns, full_matrices=False)
-    projected, n = u.T @ values, len(values)
+
+    unit: float
+    """Mean size of the process."""
+    noise: float
+    """Variance, as a share of that of the process."""
+    solution: Float[Tensor, " n_columns"]
+    moves: Float[Tensor, " n"]
+    """What an energy adds to its own prediction, eV over the root of the number of atoms."""
+
+    @classmethod
+    def of(cls, head: ProcessHead, known: _Known) -> _Fit:
+        """Fit the weights of functions of atoms, then of told elements."""
+        functions = torch.zeros(len(known.left), head.n_last, dtype=torch.float64)
+        atoms = known.atoms
+        for part in torch.arange(len(atoms.owners)).split(_CANDIDATES):
+            own = head.functions(atoms.features[part], atoms.elements[part])
+            functions.index_add_(0, atoms.owners[part], own)
+        functions /= known.roots[:, None]
+        unit = float(functions.square().sum(1).mean().sqrt()) or 1.0  # zero if all atoms are alone
+        of_elements = math.sqrt(_WIDE) * known.counts[:, known.told] / known.roots[:, None]
+        columns = torch.cat([functions / unit, of_elements], dim=1)
+        values = known.left / known.roots
+        u, s, vh = torch.linalg.svd(columns, full_matrices=False)
+        projected = u.T @ values
+        noise = _likeliest_noise(s, projected, values)
+        solution: Tensor = vh.T @ (s / (s.square() + noise) * projected)
+        shares = s.square() / (s.square() + noise)
+        leverages = u.square() @ shares
+        left = values - u @ (shares * projected)
+        return cls(unit, noise, solution, left * leverages / (1.0 - leverages))
+
+
+def _likeliest_noise(
+    s: Float[Tensor, " m"], projected: Float[Tensor, " m"], values: Float[Tensor, " n"]
+) -> float:
+    n = len(values)
     beside = (values.square().sum() - projected.square().sum()).clamp_min(0.0)
     evidence = []
     for noise in _NOISES:
@@ -242,9 +310,7 @@ def _solution(columns: Float[Tensor, "n m"], values: Float[Tensor, " n"]) -> Flo
         square = (projected.square() / variances).sum() + beside / noise
         logarithms = variances.log().sum() + (n - len(s)) * math.log(noise)
         evidence.append(float(-0.5 * (n * square.log() + logarithms)))
-    noise = _NOISES[evidence.index(max(evidence))]
-    logger.info("process: noise %.1e of its variance", noise)
-    found: Tensor = vh.T @ (s / (s.square() + noise) * projected)
+    found: float = _NOISES[evidence.index(max(evidence))]
     return found
 
 

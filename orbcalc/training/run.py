@@ -50,6 +50,7 @@ from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.initial import initial_potential
 from orbcalc.training.loss import ErrorSums, active_properties
+from orbcalc.training.process import left_out
 from orbcalc.training.trainer import Trainer, resolve_device
 
 __all__ = [
@@ -79,6 +80,7 @@ class LabelledSets(NamedTuple):
 
     train: list[Atoms]
     valid: list[Atoms]
+    """Held out; none if each of `train` is left out in turn."""
     files: Fingerprints
 
 
@@ -169,6 +171,7 @@ def finish_training(
     config, sets, train_set, valid_set = prepared(config, sets)
     committee = calibrate(Committee(members), train_set, valid_set)
     labelled = train_set.labelled(REFERENCE_TASKS)
+    judged = left_out(committee.first, train_set) if valid_set is None else valid_set
     save_model(
         config.output,
         committee,
@@ -180,9 +183,10 @@ def finish_training(
                 "n_train": len(labelled),
                 "n_cheap": len(train_set) - len(labelled),
                 "n_valid": len(sets.valid),
+                "n_left_out": 0 if sets.valid else len(labelled),
                 "electrons": sorted({charge_and_multiplicity(sets.train[i]) for i in labelled}),
             },
-            "valid_errors": model_errors(committee, valid_set, active_properties(config.tasks)),
+            "valid_errors": model_errors(committee, judged, active_properties(config.tasks)),
             **(metadata or {}),
         },
     )
@@ -192,8 +196,11 @@ def finish_training(
 
 def prepared(
     config: TrainConfig, sets: LabelledSets | None = None
-) -> tuple[TrainConfig, LabelledSets, LabelDataset, LabelDataset]:
+) -> tuple[TrainConfig, LabelledSets, LabelDataset, LabelDataset | None]:
     """Return what a training begins with: its settings in full, its structures and data sets.
+
+    Nothing need be held out of a process on known features, which can leave out each structure in
+    turn: there is no validation set, unless one is given.
 
     Raises
     ------
@@ -204,8 +211,11 @@ def prepared(
     """
     sets = sets or _read_sets(config)
     config = _resolved(config, sets)
+    if config.leaves_one_out:
+        sets = sets._replace(train=[*sets.train, *sets.valid], valid=[])
     terms = (config.potential.cutoff, config.potential.baseline)
-    return config, sets, LabelDataset(sets.train, *terms), LabelDataset(sets.valid, *terms)
+    train_set = LabelDataset(sets.train, *terms)
+    return config, sets, train_set, LabelDataset(sets.valid, *terms) if sets.valid else None
 
 
 def model_errors(

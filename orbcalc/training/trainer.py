@@ -25,7 +25,7 @@ from orbcalc.training.loss import (
     multitask_loss,
     on_labelled_baseline,
 )
-from orbcalc.training.process import fit_process, place_process
+from orbcalc.training.process import fit_process, left_out, place_process
 from orbcalc.training.state import TrainState
 
 __all__ = ["Report", "Trainer", "evaluate", "resolve_device"]
@@ -48,7 +48,8 @@ class Trainer:
     Parameters
     ----------
     train, valid
-        Structures to learn from, and to choose the best weights by.
+        Structures to learn from, and to choose the best weights by. Without the latter a process on
+        features of a potential to start from is judged by leaving out each structure in turn.
     config
         Optimiser and tasks are used.
     seed
@@ -62,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         train: LabelDataset,
-        valid: LabelDataset,
+        valid: LabelDataset | None,
         config: TrainConfig,
         *,
         seed: int,
@@ -73,7 +74,8 @@ class Trainer:
         # A process is fitted to energies alone, if features come with the potential to start from.
         has_features = self.is_process and config.start_from is not None
         train.require(config.tasks.reference if has_features else config.tasks.active)
-        if len(valid) == 0:
+        valid = train if valid is None and has_features else valid
+        if not valid:
             raise ConfigError("the validation set is empty; give more structures, or `valid`")
         if unknown := sorted({*valid.elements} - {*train.elements}):
             symbols = " ".join(chemical_symbols[z] for z in unknown)
@@ -151,7 +153,8 @@ class Trainer:
             return potential
         fit_process(potential, self.train)
         scales = self._scales(potential, tasks)
-        loss, errors = evaluate(potential, self.valid, tasks, scales, options.batch_size)
+        judged = left_out(potential, self.train) if self.valid is self.train else self.valid
+        loss, errors = evaluate(potential, judged, tasks, scales, options.batch_size)
         if self.report is not None:
             steps = options.steps
             self.report({"step": steps, "valid_loss": loss, **errors, "steps": steps})

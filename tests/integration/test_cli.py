@@ -19,11 +19,11 @@ from killed_run import Story
 from small_runs import run_data, start_cli, train_config, waters, write_pool, write_yaml
 from structures import ammonium
 
-from orbcalc.calculator import predict
 from orbcalc.config import dump_config
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model, save_model
+from orbcalc.prediction import predict
 from orbcalc.properties import REF_ENERGY, REF_FORCES, XTB_BLOCKS, XTB_ENERGY
 from orbcalc.results import results_of
 from orbcalc.structures import read_structures, structure_key

@@ -30,7 +30,6 @@ from orbcalc.active.prediction import predict_pool, predict_results
 from orbcalc.active.quantities import QUANTITIES
 from orbcalc.active.round import Round
 from orbcalc.active.selection import draw_audit
-from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, StopConfig
 from orbcalc.errors import (
     CheckpointError,
@@ -43,6 +42,7 @@ from orbcalc.files import read_json, read_jsonl
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model
+from orbcalc.prediction import predict
 from orbcalc.properties import (
     POOL_CERTIFIED,
     POOL_FAILURE,

@@ -20,17 +20,19 @@ from orbcalc.active.folder import RunFolder
 from orbcalc.active.loop import run
 from orbcalc.active.prior import process_columns
 from orbcalc.active.selection import draw_audit
-from orbcalc.calculator import OrbcalcCalculator, predict
+from orbcalc.calculator import OrbcalcCalculator
 from orbcalc.cli.progress import event_in_words
 from orbcalc.cli.tables import print_model
 from orbcalc.config import RunConfig, TrainConfig
 from orbcalc.errors import ConfigError, MissingLabelError
 from orbcalc.files import read_json, read_jsonl
+from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee
-from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_ENERGY
+from orbcalc.prediction import predict
+from orbcalc.properties import POOL_SOURCE, REF_ENERGY, REF_FORCES, REF_METHOD, XTB_ENERGY
 from orbcalc.report.reading import read_run
-from orbcalc.structures import read_structures
+from orbcalc.structures import read_structures, structure_key
 from orbcalc.training.run import train
 
 
@@ -110,14 +112,26 @@ def test_other_energies_are_fitted_on_the_same_features(
     labelled_waters: list[Atoms], tmp_path: Path
 ) -> None:
     path = write_pool(tmp_path / "a.extxyz", few_energies(labelled_waters))
-    first = train(small_config(path, tmp_path / "a.orbcalc"))
-    other = write_pool(tmp_path / "b.extxyz", few_energies(labelled_waters, -500.0, "b"))
-    records: list[int] = []
-    config = small_config(other, tmp_path / "b.orbcalc", start_from=str(tmp_path / "a.orbcalc"))
-    second = train(config, lambda record: records.append(record["step"]))
-    assert records == [20]  # nothing is trained
-    for name, value in features(second).items():
-        assert torch.equal(value, features(first)[name]), name
+    first = train(small_config(path, tmp_path / "first.orbcalc"))
+    write_pool(tmp_path / "b.extxyz", few_energies(labelled_waters, -500.0, "b"))
+    for name in "ab":
+        records: list[dict[str, Any]] = []
+        config = small_config(
+            tmp_path / f"{name}.extxyz",
+            tmp_path / f"{name}.orbcalc",
+            start_from=str(tmp_path / "first.orbcalc"),
+        )
+        second = train(config, lambda record, to=records: to.append(dict(record)))
+        assert [record["step"] for record in records] == [20]  # nothing is trained
+        for weights, value in features(second).items():
+            assert torch.equal(value, features(first)[weights]), weights
+        _, metadata = load_model(config.output)
+        known = metadata["training_set"]
+        assert known["n_train"] == known["n_left_out"] == len(few_energies(labelled_waters)[::2])
+        assert known["n_valid"] == 0
+        assert metadata["valid_errors"]["energy_mae"] == pytest.approx(
+            records[0]["energy_mae"], 1e-3
+        )
     ask = waters(5, seed=9)
     (before, after) = (
         [float(OrbcalcCalculator(tmp_path / f"{n}.orbcalc").get_potential_energy(a)) for a in ask]
@@ -280,6 +294,36 @@ def test_a_run_trains_once_and_then_fits(client: Client, pool: Path, tmp_path: P
     assert len(second.members) == 2
 
 
+def test_a_run_holds_nothing_out_and_predicts_above_the_labels(
+    client: Client, pool: Path, tmp_path: Path
+) -> None:
+    config = run_on(pool, tmp_path / "run", stop={"max_rounds": 2})
+    run(config, client=client)
+    folder = RunFolder(config.output)
+    trained = [e for e in read_jsonl(config.output / "events.jsonl") if e["event"] == "trained"]
+    for number, event in enumerate(trained):
+        files = folder.round(number)
+        assert not (files.folder / "valid.extxyz").exists()
+        n_known = len(read_structures(files.folder / "train.extxyz"))
+        assert event["n_train"] == event["n_left_out"] == n_known
+        assert event["n_valid"] == 0
+        assert "each left out in turn" in event_in_words(event)
+    assert "each left out in turn" in str(read_run(config.output).model)
+    answered = [
+        atoms
+        for atoms in read_structures(folder.results)
+        if atoms.info[POOL_SOURCE] == "prediction"
+    ]
+    store = LabelStore(folder.labels)
+    with_labels = store.labelled_atoms([structure_key(atoms) for atoms in answered])
+    expected = predict(folder.model, with_labels, baseline="labels")
+    learned = predict(folder.model, answered)
+    assert len(answered) > 0
+    for atoms, own, other in zip(answered, expected, learned, strict=True):
+        assert atoms.get_potential_energy() == pytest.approx(own["energy"], abs=1e-5)
+        assert abs(own["energy"] - other["energy"]) > 1e-4
+
+
 def test_a_run_begins_with_what_tells_most(client: Client, pool: Path, tmp_path: Path) -> None:
     config = run_on(pool, tmp_path / "run", stop={"max_rounds": 1})
     run(config, client=client)
@@ -378,7 +422,7 @@ def test_what_features_do_not_know_is_labelled_and_not_learned(
     model, _ = load_model(files.model)
     assert model.first.config.energy_head == "process"
     assert model.first.elements == (1, 8)
-    learned = read_structures(files.folder / name for name in ("train.extxyz", "valid.extxyz"))
+    learned = read_structures(files.folder / "train.extxyz")
     assert {atoms.get_chemical_formula() for atoms in learned} == {"H2O"}
 
 

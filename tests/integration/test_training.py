@@ -18,7 +18,6 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from scipy.special import stdtrit
 from small_runs import train_config, waters, write_pool
 
-from orbcalc.calculator import predict
 from orbcalc.config import PotentialConfig, TrainConfig
 from orbcalc.errors import (
     CheckpointError,
@@ -33,6 +32,7 @@ from orbcalc.model.checkpoint import load_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
 from orbcalc.orbitals import SLOTS
+from orbcalc.prediction import predict
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, XTB_BLOCKS, XTB_SHELLS
 from orbcalc.structures import structure_key
 from orbcalc.training.dataset import LabelDataset

@@ -14,13 +14,15 @@ import torch
 from ase import Atoms
 from conftest import MakePotential
 
-from orbcalc.calculator import OrbcalcCalculator, predict
+from orbcalc.calculator import OrbcalcCalculator
 from orbcalc.config import PotentialConfig, RunConfig, TrainConfig, parse_config
 from orbcalc.errors import ConfigError, LabelConflictError, MissingLabelError, StructureError
+from orbcalc.graph import AtomGraph
 from orbcalc.labels.baseline import BaselineWorker
 from orbcalc.labels.process import WorkerProcess
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
+from orbcalc.prediction import predict
 from orbcalc.properties import (
     REF_ENERGY,
     REF_FORCES,
@@ -126,6 +128,26 @@ def test_labels_of_the_baseline_save_its_computation(
     found = predict(above, [labelled[0], bare], baseline="labels", on_error="skip")
     assert found[0]
     assert found[1] == {}
+
+
+def test_labels_take_the_place_of_a_learned_baseline(
+    make_potential: MakePotential, labelled: list[Atoms]
+) -> None:
+    model = Committee([make_potential(xtb_head="baseline") for _ in range(2)])
+    bare = structures.water()
+    learned = predict(model, [*labelled, bare])
+    found = predict(model, [*labelled, bare], baseline="labels")
+    for atoms, one, other in zip(labelled, learned, found, strict=False):
+        graph = AtomGraph.from_atoms(atoms, model.cutoff)
+        below = model(graph, ("energy", "xtb_energy")).xtb_energy
+        assert below is not None
+        moved = atoms.info[XTB_ENERGY] - below.item()
+        assert abs(moved) > 1e-3
+        assert other["energy"] == pytest.approx(one["energy"] + moved, abs=1e-9)
+        assert other["free_energy"] == other["energy"]
+        np.testing.assert_allclose(other["forces"], one["forces"])
+        assert other["energy_uncertainty"] == pytest.approx(one["energy_uncertainty"])
+    assert found[-1]["energy"] == learned[-1]["energy"]
 
 
 def test_what_the_baseline_refuses_cannot_be_predicted(above: Committee) -> None:

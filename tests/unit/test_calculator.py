@@ -20,7 +20,7 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from ase.units import fs, kB
 
-from orbcalc.calculator import OrbcalcCalculator, open_model, predict
+from orbcalc.calculator import OrbcalcCalculator
 from orbcalc.config import PotentialConfig
 from orbcalc.errors import (
     CheckpointError,
@@ -33,6 +33,7 @@ from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential, Statistics
 from orbcalc.neighbors import neighbor_list
 from orbcalc.orbitals import shell_slots
+from orbcalc.prediction import open_model, predict
 from orbcalc.testing import in_dtype, predicted
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.statistics import fit_statistics
@@ -474,7 +475,7 @@ def test_results_come_in_the_given_order(single):
 def test_many_batches_are_one(single, monkeypatch):
     batch = [structures.water(), structures.ethanol(), structures.ferrocene()] * 3
     at_once = predict(single, batch)
-    monkeypatch.setattr("orbcalc.calculator.BATCH_ATOMS", 12)
+    monkeypatch.setattr("orbcalc.prediction.BATCH_ATOMS", 12)
     for one, other in zip(at_once, predict(single, batch), strict=True):
         np.testing.assert_allclose(other["energy"], one["energy"], rtol=1e-12)
         np.testing.assert_allclose(other["forces"], one["forces"], atol=1e-10)

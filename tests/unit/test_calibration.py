@@ -13,10 +13,11 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from conftest import MakePotential
 
-from orbcalc.calculator import OrbcalcCalculator, predict
+from orbcalc.calculator import OrbcalcCalculator
 from orbcalc.graph import AtomGraph
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
+from orbcalc.prediction import predict
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
 from orbcalc.training.calibration import _quantile, calibrate
 from orbcalc.training.dataset import LabelDataset

@@ -15,12 +15,12 @@ from small_runs import HereExecutor
 from orbcalc.active.certificate import Certificate, PoolCounts, audit_look
 from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.output import write_output
-from orbcalc.calculator import predict
 from orbcalc.config import PoolConfig, RunConfig
 from orbcalc.labels.label import Label, LabelStatus, Provenance
 from orbcalc.labels.store import LabelStore
 from orbcalc.model.checkpoint import save_model
 from orbcalc.model.committee import Committee
+from orbcalc.prediction import predict
 from orbcalc.properties import POOL_CERTIFIED, POOL_FAILURE, POOL_SOURCE, REF_STRESS
 from orbcalc.results import results_of
 from orbcalc.structures import structure_key
@@ -122,7 +122,7 @@ def test_a_prediction_that_is_no_number_is_none(
 ) -> None:
     good = {"energy": -1.0, "forces": np.zeros((3, 3))}
     monkeypatch.setattr(
-        "orbcalc.calculator.predict",
+        "orbcalc.prediction.predict",
         lambda model, chunk, *_, **__: [{**good, "energy": np.nan}, *([good] * (len(chunk) - 1))],
     )
     write_structures(folder.round(0).pool, [structures.water(), structures.water()])

@@ -24,10 +24,11 @@ from orbcalc.model.potential import Potential
 from orbcalc.model.process import ProcessHead
 from orbcalc.properties import REF_ENERGY, XTB_ENERGY
 from orbcalc.testing import assert_consistent, assert_derivatives, assert_equivariant
+from orbcalc.training import calibration
 from orbcalc.training import process as fit_module
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
-from orbcalc.training.process import fit_process, place_process
+from orbcalc.training.process import fit_process, left_out, place_process
 
 CUTOFF = 4.0
 OPTIONS = {"xtb_head": "baseline", "energy_head": "process"}
@@ -316,6 +317,75 @@ def test_nothing_to_fit_to_is_refused(unfitted: Potential, left: list[Atoms]) ->
         atoms.info |= {REF_ENERGY: -1990.0, XTB_ENERGY: -100.0}
     with pytest.raises(MissingLabelError, match="nothing to be fitted to"):
         fit_process(unfitted, data([*bare, *left], unfitted))
+
+
+def test_leaving_out_is_fitting_without(
+    unfitted: Potential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = data(waters(12), unfitted)
+    noise = 1e-3
+    monkeypatch.setattr(fit_module, "_NOISES", (noise,))
+    fit_process(unfitted, known)
+    within = energies(unfitted, known) - labels(known)
+    found = energies(unfitted, known) - labels(left_out(unfitted, known))
+    head = unfitted.energy_head
+    assert isinstance(head, ProcessHead)
+    # The same inducing atoms, and the same size of the process, without each structure in turn.
+    unit = fit_module._Fit.of(head, fit_module._known(unfitted, known)).unit
+    monkeypatch.setattr(fit_module, "_placed", lambda *_: head)
+    for index in range(len(known)):
+        rest = [
+            e if i != index else torch.full((1,), torch.nan)
+            for i, e in enumerate(labels(known)[:, None])
+        ]
+        others = known.with_energies(rest)
+        own = fit_module._Fit.of(head, fit_module._known(unfitted, others)).unit
+        monkeypatch.setattr(fit_module, "_NOISES", (noise * (unit / own) ** 2,))
+        fit_process(unfitted, others)
+        error = (energies(unfitted, known) - labels(known))[index]
+        assert error == pytest.approx(float(found[index]), rel=0.02, abs=1e-5)
+    assert found.square().mean() > 4 * within.square().mean()
+
+
+def test_what_alone_tells_of_an_element_cannot_be_left_out(unfitted: Potential) -> None:
+    ammonia = structures.ammonium()
+    ammonia.info |= {REF_ENERGY: -1500.0, XTB_ENERGY: -120.0}
+    wild = structures.water()
+    wild.info |= {REF_ENERGY: 1e6, XTB_ENERGY: -150.0}
+    known = data([*waters(12), ammonia, wild, *waters(2, seed=1)], unfitted)
+    bare = known.with_energies([*labels(known)[:-2, None], *torch.full((2, 1), torch.nan)])
+    fit_process(unfitted, bare)
+    found = labels(left_out(unfitted, bare))
+    assert found[:12].isfinite().all()
+    assert found[12].isnan()
+    assert found[13] == 1e6  # it was not fitted to
+    assert found[14:].isnan().all()
+
+
+def test_intervals_of_left_out_structures_hold_for_others(unfitted: Potential) -> None:
+    train, others = data(waters(60), unfitted), data(waters(400, seed=5), unfitted)
+    fit_process(unfitted, train)
+    model = calibrate(Committee([unfitted]), train, None)
+    found = model(AtomGraph.batch(others.graphs))
+    errors = (found.energy - labels(others)).abs()
+    assert found.energy_uncertainty is not None
+    assert found.energy_interval_95 is not None
+    assert float((errors <= found.energy_uncertainty).double().mean()) == pytest.approx(
+        0.68, abs=0.13
+    )
+    assert float((errors <= found.energy_interval_95).double().mean()) == pytest.approx(
+        0.95, abs=0.05
+    )
+
+
+def test_means_without_a_structure_are_those_of_the_others() -> None:
+    rows = torch.from_numpy(np.random.default_rng(0).normal(size=(30, 8)))
+    own, ridge = rows[:5], 0.1 * torch.eye(8, dtype=torch.float64)
+    whole = rows.T @ rows / 30 + ridge
+    without = whole - own.T @ own / 30
+    whitening = torch.linalg.cholesky(torch.linalg.inv(whole))
+    expected = (own @ torch.linalg.inv(without) * own).sum(1)
+    torch.testing.assert_close(calibration._squares(own @ whitening, 30.0), expected)
 
 
 def test_a_calibrated_model_survives_its_file(unfitted: Potential, tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ from small_runs import HereExecutor
 import orbcalc
 from orbcalc.active.folder import RunFolder, write_structures
 from orbcalc.active.loop import ActiveLearning
-from orbcalc.calculator import predict
 from orbcalc.config import RunConfig, parse_config
 from orbcalc.errors import ConfigError
 from orbcalc.files import read_json
 from orbcalc.labels.label import Label, LabelStatus
 from orbcalc.labels.store import LabelStore
+from orbcalc.prediction import predict
 from orbcalc.report import write_report
 from orbcalc.report.facts import Comparison
 from orbcalc.report.page import render
