@@ -316,9 +316,9 @@ class Potential(nn.Module):
     ) -> dict[str, Tensor]:
         """Return rigidities from the whitened last layer, and what it knows nothing of.
 
-        Errors of energies grow faster than the last layer moves away from the training set, as
-        other layers leave it, too: so the root of how new its atoms are is a factor. A reference
-        energy that nothing has told may be as large as the others are.
+        Errors of energies of a network grow faster than the last layer moves away from the training
+        set, as other layers leave it, too: so the root of how new its atoms are is a factor. A
+        reference energy that nothing has told may be as large as the others are.
         """
         whitening, of_atom = (self.get_buffer(f"{name}whitening") for name in ("", "atom_"))
         # In float64: what rounding leaves of a large sum, the whitening enlarges.
@@ -332,9 +332,11 @@ class Potential(nn.Module):
             of_atoms.append((last @ of_atom).norm(dim=-1))
         energy = (total.to(self.dtype) @ whitening).norm(dim=-1)
         novelty = torch.cat(of_atoms)
-        mean_square = graph.sum_over_atoms(novelty.square()) / graph.n_atoms_of_structure
+        if not isinstance(self.energy_head, ProcessHead):
+            mean_square = graph.sum_over_atoms(novelty.square()) / graph.n_atoms_of_structure
+            energy = energy * mean_square**0.25
         return {
-            "energy_rigidity": energy * mean_square**0.25,
+            "energy_rigidity": energy,
             "atom_rigidity": torch.where(graph.mask.any(1), novelty, 0.0),  # no force if alone
             "reference_uncertainty": self._size_of_references
             * graph.sum_over_atoms((~self.told[elements]).double()),

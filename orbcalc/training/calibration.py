@@ -13,7 +13,7 @@ of the force on the atom. The root of its RMS over the atoms is a factor of the 
 ``|Wᵀ f| (mean |Vᵀ g|²)^¼``. Members of a committee are averaged.
 
 A process that was fitted to all structures is judged by what it says of each without the energy of
-that one. So are ``F`` and the mean of ``g gᵀ``: without the terms of the structure.
+that one, and ``F`` is taken without its term.
 
 A committee also has the spread of its members: its square is added, with the weight that makes the
 errors held out the likeliest. docs/uncertainty.md compares all of them.
@@ -180,13 +180,14 @@ def _measure_rigidity(
     buffers = [potential.get_buffer(name) for name in ("whitening", "atom_whitening")]
     for buffer in buffers:
         buffer.zero_()  # it may be that of an earlier training
-    products, counts = _mean_products(potential, train, batch_size)
-    if counts[0] == 0:
+    products, n_known = _mean_products(potential, train, batch_size)
+    if n_known == 0:
         return _HeldOut.nothing()
     n_elements = len(potential.elements)
     (of_atoms,) = _whitenings(products[1], n_elements, (_ATOM_REGULARISER,))
-    # Terms of a structure that are to be left out of the means, and how many there are.
-    n_means, n_atoms_seen = (math.inf, math.inf) if valid is not None else counts.tolist()
+    is_process = potential.n_inducing > 0
+    # Of how many terms F is the mean, if that of a structure is among them.
+    n_means = n_known if valid is None else math.inf
     judged = left_out(potential, train) if valid is None else valid
     errors, means, factors = list[Tensor](), list[Tensor](), list[Tensor]()
     for graph, targets, prediction, last in _last_layers(potential, judged, batch_size):
@@ -194,7 +195,7 @@ def _measure_rigidity(
         found = _energy_errors(potential, prediction, targets, graph) / n_atoms.sqrt()
         for number in found.isfinite().nonzero()[:, 0].tolist():
             own = last[graph.structure_index == number]
-            novelty = _squares(own @ of_atoms, n_atoms_seen).mean()
+            novelty = 1.0 if is_process else float((own @ of_atoms).square().sum(1).mean())
             errors.append(found[number])
             means.append(own.mean(0))
             factors.append(n_atoms[number].sqrt() * novelty**0.25)
@@ -216,25 +217,12 @@ def _measure_rigidity(
     return _HeldOut(column, scores(of_structures), torch.zeros_like(column))
 
 
-def _squares(rows: Float[Tensor, "n n_last"], among: float) -> Float[Tensor, " n"]:
-    """Return squares of whitened vectors, were they not among those that the mean is of.
-
-    With ``K`` their products, that is the diagonal of ``K (1 - K / among)⁻¹`` (Woodbury).
-    """
-    if among == math.inf:
-        return rows.square().sum(1)
-    products = rows @ rows.T
-    identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    without: Tensor = torch.linalg.solve(identity - products / among, products)
-    return without.diagonal()
-
-
 def _mean_products(
     potential: Potential, train: LabelDataset, batch_size: int
-) -> tuple[Float[Tensor, "2 n_last n_last"], Float[Tensor, " 2"]]:
+) -> tuple[Float[Tensor, "2 n_last n_last"], int]:
     """Return the mean of f fᵀ / n² over structures with an energy, and that of g gᵀ over atoms.
 
-    These are the atoms of those structures, and all with a force. Also the numbers of both.
+    These are the atoms of those structures, and all with a force. Also the number of structures.
     """
     n_last = len(potential.get_buffer("whitening"))
     device = potential.element_index.device
@@ -249,7 +237,7 @@ def _mean_products(
         for index, rows in enumerate((means[labelled], own)):
             products[index] += rows.T @ rows
             counts[index] += len(rows)
-    return products / counts.clamp_min(1.0)[:, None, None], counts
+    return products / counts.clamp_min(1.0)[:, None, None], int(counts[0])
 
 
 def _last_layers(

@@ -24,7 +24,6 @@ from orbcalc.model.potential import Potential
 from orbcalc.model.process import ProcessHead
 from orbcalc.properties import REF_ENERGY, XTB_ENERGY
 from orbcalc.testing import assert_consistent, assert_derivatives, assert_equivariant
-from orbcalc.training import calibration
 from orbcalc.training import process as fit_module
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
@@ -376,16 +375,6 @@ def test_intervals_of_left_out_structures_hold_for_others(unfitted: Potential) -
     assert float((errors <= found.energy_interval_95).double().mean()) == pytest.approx(
         0.95, abs=0.05
     )
-
-
-def test_means_without_a_structure_are_those_of_the_others() -> None:
-    rows = torch.from_numpy(np.random.default_rng(0).normal(size=(30, 8)))
-    own, ridge = rows[:5], 0.1 * torch.eye(8, dtype=torch.float64)
-    whole = rows.T @ rows / 30 + ridge
-    without = whole - own.T @ own / 30
-    whitening = torch.linalg.cholesky(torch.linalg.inv(whole))
-    expected = (own @ torch.linalg.inv(without) * own).sum(1)
-    torch.testing.assert_close(calibration._squares(own @ whitening, 30.0), expected)
 
 
 def test_a_calibrated_model_survives_its_file(unfitted: Potential, tmp_path: Path) -> None:
