@@ -48,11 +48,11 @@ ONE_SIGMA = 0.6827
 #: ζ of structures, in units of the mean eigenvalue of F: the likeliest one is taken.
 _REGULARISERS = tuple(10.0**power for power in range(-9, 2))
 
-#: Share of a mean below which what is left without a structure is rounding.
-_TINY = 1e-12
-
 #: That of atoms, which are many: smaller ones and 1e-4 do as well.
 _ATOM_REGULARISER = 1e-5
+
+#: Share of a mean below which what is left without a structure is rounding.
+_TINY = 1e-12
 
 #: Weight of the spread, in units of what makes it as large as the rigidity: the likeliest, too.
 _SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
