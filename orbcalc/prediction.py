@@ -38,7 +38,7 @@ __all__ = [
     "predict",
     "refuse_unlearned",
     "split_results",
-]  # fmt: skip
+]
 
 Results = dict[str, Any]
 

@@ -38,7 +38,6 @@ from orbcalc.model.committee import Calibration, Committee, joined_score
 from orbcalc.model.potential import Potential, Prediction
 from orbcalc.training.dataset import LabelDataset, Targets, on_device
 from orbcalc.training.loss import tells_forces
-from orbcalc.training.process import left_out
 
 __all__ = ["calibrate"]
 
@@ -59,7 +58,12 @@ _SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
 
 
 def calibrate(
-    committee: Committee, train: LabelDataset, valid: LabelDataset | None, batch_size: int = 32
+    committee: Committee,
+    train: LabelDataset,
+    valid: LabelDataset,
+    batch_size: int = 32,
+    *,
+    in_turn: bool = False,
 ) -> Committee:
     """Measure the last layers of the members, and scale uncertainties to the size of errors.
 
@@ -70,8 +74,10 @@ def calibrate(
     train
         What they were trained on.
     valid
-        Labelled structures that no member was trained on. None for a single member with a process:
-        each structure of `train` is left out in turn.
+        Labelled structures that no member was trained on.
+    in_turn
+        Of a single member with a process: `valid` is `train` with each structure left out in turn,
+        see `orbcalc.training.process.left_out`.
 
     Returns
     -------
@@ -82,11 +88,11 @@ def calibrate(
     measured = []
     for member in committee.members:
         assert isinstance(member, Potential)
-        measured.append(_measure_rigidity(member, train, valid, batch_size))
+        measured.append(_measure_rigidity(member, train, valid, batch_size, in_turn=in_turn))
     raw = Committee([*committee.members])
     if not raw.has_uncertainty:
         return raw
-    if valid is None:
+    if in_turn:
         (energies,), forces = measured, _HeldOut.nothing()
     else:
         energies, forces = _held_out(raw, valid, batch_size)
@@ -174,7 +180,12 @@ def _scales(held_out: _HeldOut) -> tuple[float, float, float]:
 
 
 def _measure_rigidity(
-    potential: Potential, train: LabelDataset, valid: LabelDataset | None, batch_size: int
+    potential: Potential,
+    train: LabelDataset,
+    valid: LabelDataset,
+    batch_size: int,
+    *,
+    in_turn: bool,
 ) -> _HeldOut:
     """Set the whitenings of the last layer, zero without energies; return what chose them."""
     buffers = [potential.get_buffer(name) for name in ("whitening", "atom_whitening")]
@@ -187,10 +198,9 @@ def _measure_rigidity(
     (of_atoms,) = _whitenings(products[1], n_elements, (_ATOM_REGULARISER,))
     is_process = potential.n_inducing > 0
     # Of how many terms F is the mean, if that of a structure is among them.
-    n_means = n_known if valid is None else math.inf
-    judged = left_out(potential, train) if valid is None else valid
+    n_means = n_known if in_turn else math.inf
     errors, means, factors = list[Tensor](), list[Tensor](), list[Tensor]()
-    for graph, targets, prediction, last in _last_layers(potential, judged, batch_size):
+    for graph, targets, prediction, last in _last_layers(potential, valid, batch_size):
         n_atoms = graph.n_atoms_of_structure.double()
         found = _energy_errors(potential, prediction, targets, graph) / n_atoms.sqrt()
         for number in found.isfinite().nonzero()[:, 0].tolist():

@@ -169,9 +169,10 @@ def finish_training(
         member, _ = load_model(_member_path(config, number), device=device, dtype=dtype)
         members.append(member.first)
     config, sets, train_set, valid_set = prepared(config, sets)
-    committee = calibrate(Committee(members), train_set, valid_set)
+    in_turn = valid_set is None
+    judged = left_out(members[0], train_set) if valid_set is None else valid_set
+    committee = calibrate(Committee(members), train_set, judged, in_turn=in_turn)
     labelled = train_set.labelled(REFERENCE_TASKS)
-    judged = left_out(committee.first, train_set) if valid_set is None else valid_set
     save_model(
         config.output,
         committee,
@@ -183,7 +184,7 @@ def finish_training(
                 "n_train": len(labelled),
                 "n_cheap": len(train_set) - len(labelled),
                 "n_valid": len(sets.valid),
-                "n_left_out": 0 if sets.valid else len(labelled),
+                "n_left_out": len(labelled) if in_turn else 0,
                 "electrons": sorted({charge_and_multiplicity(sets.train[i]) for i in labelled}),
             },
             "valid_errors": model_errors(committee, judged, active_properties(config.tasks)),

@@ -364,7 +364,8 @@ def test_what_alone_tells_of_an_element_cannot_be_left_out(unfitted: Potential) 
 def test_intervals_of_left_out_structures_hold_for_others(unfitted: Potential) -> None:
     train, others = data(waters(60), unfitted), data(waters(400, seed=5), unfitted)
     fit_process(unfitted, train)
-    model = calibrate(Committee([unfitted]), train, None)
+    judged = left_out(unfitted, train)
+    model = calibrate(Committee([unfitted]), train, judged, in_turn=True)
     found = model(AtomGraph.batch(others.graphs))
     errors = (found.energy - labels(others)).abs()
     assert found.energy_uncertainty is not None
