@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from orbcalc.structures import structure_key
 console = Console(soft_wrap=True, highlight=False)
 
 KCAL_MOL = kcal / mol
+GAUSSIAN_PROCESS = "Gaussian process"
 #: The tolerance is the error that this share of a pilot pool is within, after training on this
 #: share of it, rounded up to whole kcal/mol. No screen uses structures of the pilot.
 PILOT_HITS, PILOT_LABELLED = 0.9, 0.2
@@ -56,7 +57,6 @@ class Screen:
     selection: SelectionConfig
     kcal_mol: float | None = None
     """The tolerance; by the rule, on a pilot pool, where there is none."""
-    with_oracle: bool = True
     max_rounds: int = 30
 
     @property
@@ -89,7 +89,7 @@ def gaussian_processes(
     def make(pool: np.ndarray, _folder: Path, _seed: int) -> Model:
         return GaussianProcess(counts[pool], features[pool], baseline[pool])
 
-    return Screen(_energies(structures), {"Gaussian process": make}, n_pool, selection)
+    return Screen(_energies(structures), {GAUSSIAN_PROCESS: make}, n_pool, selection)
 
 
 def potentials(
@@ -110,7 +110,7 @@ def potentials(
 
     models = {recipe: partial(make, recipe) for recipe in RECIPES}
     energies = _energies(structures)
-    return Screen(energies, models, n_pool, selection, kcal_mol, with_oracle=False)
+    return Screen(energies, models, n_pool, selection, kcal_mol)
 
 
 def _energies(structures: Sequence[Atoms]) -> np.ndarray:
@@ -125,7 +125,10 @@ def load_screen(name: str, options: argparse.Namespace) -> Screen:
         return gaussian_processes([*found.pool, *found.valid, *found.test], 2000, sizes)
     if name == "qm9":
         found = labelled_qm9(options.data, options.labels, 12_000)
-        return gaussian_processes(found, 2000, sizes)
+        screen = gaussian_processes(found, 2000, sizes)
+        optimizer = {"steps": options.steps or 4000, "batch_size": 16}
+        models = {**screen.models, **potentials(found, 2000, sizes, optimizer).models}
+        return replace(screen, models=models)
     if name == "qm9-large":
         n_pool = options.pool or 20_000
         sizes = SelectionConfig(
@@ -234,12 +237,12 @@ def perform(name: str, options: argparse.Namespace) -> None:
         others = np.sort(order[screen.n_pilot :])
         pool = np.random.default_rng([seed, 1]).choice(others, screen.n_pool, replace=False)
         for tolerance in options.tolerances or [rule]:
-            for arm in options.models or screen.models:
+            for arm in options.models or _defaults(screen):
                 for method in options.methods:
                     label = arm.replace(" ", "-")
                     path = folder / "screens" / f"{label}_{method}_{tolerance:g}_{seed}.json"
-                    if path.exists() or (method == "oracle" and not screen.with_oracle):
-                        continue
+                    if path.exists() or (method == "oracle" and arm != GAUSSIAN_PROCESS):
+                        continue  # a potential would be trained for it alone
                     model = screen.models[arm](pool, folder / "models" / str(seed), seed)
                     limit = tolerance * KCAL_MOL
                     if method == "oracle":
@@ -248,6 +251,11 @@ def perform(name: str, options: argparse.Namespace) -> None:
                         result = run(screen, model, pool, method, limit, seed)
                     terms = {"model": arm, "method": method, "kcal_mol": tolerance, "seed": seed}
                     write_json(path, {**terms, "pool": len(pool), **result})
+
+
+def _defaults(screen: Screen) -> list[str]:
+    """Name the Gaussian process where there is one, otherwise all models."""
+    return [name for name in screen.models if name == GAUSSIAN_PROCESS] or list(screen.models)
 
 
 def main() -> None:
@@ -260,7 +268,7 @@ def main() -> None:
     parser.add_argument("--screens", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="seed of the first screen")
     parser.add_argument("--tolerances", type=float, nargs="*", help="kcal/mol; default: the rule")
-    parser.add_argument("--models", nargs="*", help="recipes of the potential; default: all")
+    parser.add_argument("--models", nargs="*", help="by name; default: the cheap one, or all")
     parser.add_argument("--methods", nargs="+", default=["uncertainty", "random", "oracle"])
     parser.add_argument("--pool", type=int, help="molecules, where a potential screens them")
     parser.add_argument("--steps", type=int, help="of each training of a potential")

@@ -15,7 +15,18 @@ from torch import Tensor
 from orbcalc.neighbors import NeighborList, neighbor_list
 from orbcalc.structures import charge_and_multiplicity, has_volume
 
-__all__ = ["AtomGraph", "Neighborhood", "gather_neighbors", "sum_reverse"]
+__all__ = [
+    "AtomGraph",
+    "Neighborhood",
+    "atoms_at_once",
+    "gather_neighbors",
+    "part_size",
+    "sum_reverse",
+]
+
+#: Atoms in one batch, or one part of many: few enough for the caches of a CPU (measured: half the
+#: time of 4,000), and enough to keep a GPU busy.
+PART_ATOMS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -68,10 +79,10 @@ class AtomGraph:
         return cls(
             numbers=torch.as_tensor(atoms.numbers, dtype=torch.int64),
             positions=torch.tensor(atoms.positions, dtype=torch.float64),
-            neighbors=torch.from_numpy(neighbors.neighbors),
-            shifts=torch.from_numpy(neighbors.shifts),
-            mask=torch.from_numpy(neighbors.mask),
-            reverse=torch.from_numpy(neighbors.reverse),
+            neighbors=neighbors.neighbors,
+            shifts=neighbors.shifts,
+            mask=neighbors.mask,
+            reverse=neighbors.reverse,
             structure_index=torch.zeros(len(atoms), dtype=torch.int64),
             cell=torch.tensor(np.array(atoms.cell.array), dtype=torch.float64)[None],
             is_periodic=torch.tensor([has_volume(atoms)]),
@@ -123,6 +134,13 @@ class AtomGraph:
         vectors = self.positions[self.neighbors] - self.positions[:, None]
         return vectors + self.shifts @ self.cell[self.structure_index]
 
+    def closest(self) -> tuple[int, int, float]:
+        """Return the closest two atoms that are neighbours (or images of one), and how far, Å."""
+        squares = self.edge_vectors().square().sum(-1).masked_fill(~self.mask, torch.inf)
+        least, place = squares.flatten().min(0)
+        i, slot = divmod(int(place), self.n_slots)
+        return i, int(self.neighbors[i, slot]), float(least.sqrt())
+
     def sum_over_atoms(self, values: Float[Tensor, " n_atoms *rest"]) -> Tensor:
         """Sum a quantity of the atoms of each structure, (n_structures, *rest)."""
         total = values.new_zeros(self.n_structures, *values.shape[1:])
@@ -154,6 +172,17 @@ class AtomGraph:
             mask=torch.cat([self.mask, self.mask.new_zeros(self.n_atoms, n_more)], 1),
             reverse=torch.cat([reverse, unused], 1),
         )
+
+
+def atoms_at_once(device: torch.device) -> int:
+    """Return how many atoms a device works on best."""
+    return PART_ATOMS.get(device.type, PART_ATOMS["cpu"])
+
+
+def part_size(atoms: Tensor) -> int:
+    """Return how many atoms (the first axis) to work on at a time: all, unless they are many."""
+    few = atoms_at_once(atoms.device)
+    return few if len(atoms) > 2 * few else max(len(atoms), 1)
 
 
 def gather_neighbors(

@@ -7,22 +7,31 @@ gather, because every edge i -> j knows the slot of its reverse j -> i. Nothing 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
 import vesin
 from ase import Atoms
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from orbcalc.errors import ConfigError
 from orbcalc.structures import closed_cell
 
 __all__ = ["NeighborList", "SkinList", "neighbor_list"]
 
+logger = logging.getLogger(__name__)
+
 #: vesin 0.6 divides a box into no more.
 MAX_CELLS = 1e5
+
+#: Centre, neighbour, shift of its cell, and distance of each pair.
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,33 +42,19 @@ class NeighborList:
     shifts[i, k] @ cell``. An unused slot points at its own atom and is False in ``mask``.
     """
 
-    neighbors: Int[np.ndarray, "n_atoms n_slots"]
-    shifts: Float[np.ndarray, "n_atoms n_slots 3"]
-    mask: Bool[np.ndarray, "n_atoms n_slots"]
-    reverse: Int[np.ndarray, "n_atoms n_slots"]
+    neighbors: Int[Tensor, "n_atoms n_slots"]
+    shifts: Float[Tensor, "n_atoms n_slots 3"]
+    mask: Bool[Tensor, "n_atoms n_slots"]
+    reverse: Int[Tensor, "n_atoms n_slots"]
     """Flat index ``j * n_slots + slot`` of the reverse edge; of itself where unused."""
 
     @property
     def n_slots(self) -> int:
         """Number of slots of each atom."""
-        return int(self.neighbors.shape[1])
-
-    def closest(self, atoms: Atoms) -> tuple[int, int, float]:
-        """Return the closest two atoms that are neighbours (or images of one), and how far, Å.
-
-        Parameters
-        ----------
-        atoms
-            The structure of the list, where its atoms are now.
-        """
-        ends = atoms.positions[self.neighbors] + self.shifts @ atoms.cell.array
-        squares = ((ends - atoms.positions[:, None]) ** 2).sum(axis=-1)
-        squares[~self.mask] = np.inf
-        i, slot = np.unravel_index(np.argmin(squares), squares.shape)
-        return int(i), int(self.neighbors[i, slot]), float(np.sqrt(squares[i, slot]))
+        return self.neighbors.shape[1]
 
 
-def neighbor_list(atoms: Atoms, cutoff: float) -> NeighborList:
+def neighbor_list(atoms: Atoms, cutoff: float, device: torch.device | str = "cpu") -> NeighborList:
     """Find all pairs closer than a cutoff, periodic images included.
 
     Parameters
@@ -68,21 +63,68 @@ def neighbor_list(atoms: Atoms, cutoff: float) -> NeighborList:
         Any mixture of periodic and open directions; positions need not be wrapped.
     cutoff
         Å.
+    device
+        Where the list is needed, and made if vesin can do so there.
     """
     search, (positions, box) = cutoff, _in_a_box(atoms, cutoff)
     while _is_too_thin(box, search):
         search *= 2
         positions, box = _in_a_box(atoms, search)
-    finder = vesin.NeighborList(cutoff=search, full_list=True, sorted=True)
-    centers, neighbors, shifts, distances = finder.compute(
-        points=positions, box=box, periodic=True, quantities="ijSd"
-    )
+    centers, neighbors, shifts, distances = _pairs(positions, box, search, torch.device(device))
     if search > cutoff:
         near = distances < cutoff
         centers, neighbors, shifts = centers[near], neighbors[near], shifts[near]
-    return _pad(
-        len(atoms), centers.astype(np.int64), neighbors.astype(np.int64), shifts.astype(np.int64)
+    return _pad(len(atoms), centers, neighbors, shifts)
+
+
+def _pairs(positions: np.ndarray, box: np.ndarray, cutoff: float, device: torch.device) -> Pairs:
+    """Search on a device, or on the CPU for it."""
+    if device.type != "cpu" and _can_search(device):
+        try:
+            return _search(positions, box, cutoff, device)
+        except RuntimeError as error:  # more neighbours than vesin makes room for
+            logger.info("neighbours are searched on the CPU: %s", error)
+    centers, neighbors, shifts, distances = _search(positions, box, cutoff, torch.device("cpu"))
+    return centers.to(device), neighbors.to(device), shifts.to(device), distances.to(device)
+
+
+def _search(positions: np.ndarray, box: np.ndarray, cutoff: float, device: torch.device) -> Pairs:
+    finder = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
+    centers, neighbors, shifts, distances = finder.compute(
+        points=torch.from_numpy(positions).to(device),
+        box=torch.from_numpy(box).to(device),
+        periodic=True,
+        quantities="ijSd",
     )
+    return centers.long(), neighbors.long(), shifts.long(), distances
+
+
+@cache
+def _can_search(device: torch.device) -> bool:
+    """Tell, after a trial of small and large boxes, whether vesin finds on a device what it must.
+
+    Its search on GPUs is young, and a pair that is missed is a wrong force without an error.
+    """
+    generator = np.random.default_rng(0)
+    skewed = np.array([[1.0, 0.0, 0.0], [0.4, 0.9, 0.0], [-0.3, 0.2, 0.8]])
+    try:
+        for n_atoms, length, shape in [
+            (2, 3.0, skewed),
+            (60, 9.0, skewed),
+            (4000, 35.0, np.eye(3)),
+        ]:
+            box = length * shape
+            positions = generator.uniform(-0.2, 1.2, (n_atoms, 3)) @ box
+            own, expected = (
+                _pad(n_atoms, *(part.cpu() for part in _search(positions, box, 4.0, where)[:3]))
+                for where in (device, torch.device("cpu"))
+            )
+            if not all(map(torch.equal, vars(own).values(), vars(expected).values())):
+                raise RuntimeError(f"other pairs of {n_atoms} atoms than on the CPU")
+    except RuntimeError as error:
+        logger.warning("vesin cannot search on %s; the CPU does it instead: %s", device, error)
+        return False
+    return True
 
 
 def _in_a_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
@@ -113,35 +155,46 @@ def _is_too_thin(box: np.ndarray, cutoff: float) -> bool:
 
 def _pad(
     n_atoms: int,
-    centers: Int[np.ndarray, " n_edges"],
-    neighbors: Int[np.ndarray, " n_edges"],
-    shifts: Int[np.ndarray, "n_edges 3"],
+    centers: Int[Tensor, " n_edges"],
+    neighbors: Int[Tensor, " n_edges"],
+    shifts: Int[Tensor, "n_edges 3"],
 ) -> NeighborList:
-    """Lay out edges, sorted by centre, in slots."""
-    # The k-th edge by (i, j, S) is the reverse of the k-th edge by (j, i, -S).
-    forward = np.lexsort((*shifts.T, neighbors, centers))
+    """Lay out edges in slots, sorted by neighbour and shift."""
+    device = centers.device
+    # One number for (i, j, S), in their order. The k-th edge by (i, j, S) is the reverse of the
+    # k-th edge by (j, i, -S).
+    reach = shifts.abs().amax(0) if len(shifts) else shifts.new_zeros(3)
+    width = (2 * reach + 1).tolist()
+
+    def rank(first: Tensor, second: Tensor, shift: Tensor) -> Tensor:
+        number = first * n_atoms + second
+        for own, n in zip((shift + reach).unbind(1), width, strict=True):
+            number = number * n + own
+        return number.argsort()
+
+    forward = rank(centers, neighbors, shifts)
     centers, neighbors, shifts = centers[forward], neighbors[forward], shifts[forward]
-    backward = np.lexsort((*(-shifts).T, centers, neighbors))
+    backward = rank(neighbors, centers, -shifts)
 
-    counts = np.bincount(centers, minlength=n_atoms)
-    n_slots = max(int(counts.max(initial=0)), 1)
-    slots = np.arange(len(centers)) - np.repeat(np.cumsum(counts) - counts, counts)
-    flat = centers * n_slots + slots
+    counts = torch.bincount(centers, minlength=n_atoms)
+    n_slots = max(int(counts.max()), 1)
+    first = counts.cumsum(0) - counts
+    flat = centers * n_slots + torch.arange(len(centers), device=device) - first[centers]
 
-    everywhere = np.arange(n_atoms * n_slots)
-    padded_neighbors, padded_reverse = everywhere // n_slots, everywhere.copy()
-    padded_shifts = np.zeros((n_atoms * n_slots, 3))
-    mask = np.zeros(n_atoms * n_slots, dtype=bool)
+    everywhere = torch.arange(n_atoms * n_slots, device=device)
+    padded_neighbors, padded_reverse = everywhere // n_slots, everywhere.clone()
+    padded_shifts = torch.zeros(n_atoms * n_slots, 3, dtype=torch.float64, device=device)
+    mask = torch.zeros(n_atoms * n_slots, dtype=torch.bool, device=device)
     padded_neighbors[flat] = neighbors
-    padded_shifts[flat] = shifts
+    padded_shifts[flat] = shifts.double()
     mask[flat] = True
     padded_reverse[flat[backward]] = flat
     shape = (n_atoms, n_slots)
     return NeighborList(
-        padded_neighbors.reshape(shape),
-        padded_shifts.reshape(*shape, 3),
-        mask.reshape(shape),
-        padded_reverse.reshape(shape),
+        padded_neighbors.view(shape),
+        padded_shifts.view(*shape, 3),
+        mask.view(shape),
+        padded_reverse.view(shape),
     )
 
 
@@ -153,7 +206,11 @@ class SkinList:
     cutoff
         Å.
     skin
-        Å beyond the cutoff. The list stays valid until an atom has moved by half of it.
+        Å beyond the cutoff. The list stays valid until an atom has moved by half of it. What
+        strains atoms and cell alike takes some of it: `skin / (cutoff + skin)` is the compression
+        at which nothing is left.
+    device
+        Where the list is needed.
 
     Raises
     ------
@@ -161,11 +218,14 @@ class SkinList:
         If the skin is negative or not finite.
     """
 
-    def __init__(self, cutoff: float, skin: float = 0.5) -> None:
+    def __init__(
+        self, cutoff: float, skin: float = 0.5, device: torch.device | str = "cpu"
+    ) -> None:
         if not 0 <= skin < math.inf:
             raise ConfigError(f"skin must be a finite length in Å, at least 0, not {skin!r}")
         self.cutoff = cutoff
         self.skin = skin
+        self.device = device
         self.n_builds = 0
         self._built_for: Atoms | None = None
         self._list: NeighborList | None = None
@@ -178,7 +238,7 @@ class SkinList:
         if self._list is None or not self._is_valid(atoms):
             if check is not None:
                 check(atoms)
-            self._list = neighbor_list(atoms, self.cutoff + self.skin)
+            self._list = neighbor_list(atoms, self.cutoff + self.skin, self.device)
             self._built_for = Atoms(
                 numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc
             )
@@ -191,8 +251,15 @@ class SkinList:
             built is None
             or len(built) != len(atoms)
             or not np.array_equal(built.pbc, atoms.pbc)
-            or (atoms.pbc.any() and not np.array_equal(built.cell.array, atoms.cell.array))
+            or not np.isfinite(atoms.cell.array).all()
         ):
             return False
-        moved = ((atoms.positions - built.positions) ** 2).sum(axis=1).max()
-        return bool(moved <= (self.skin / 2) ** 2)  # False for NaN
+        expected, shrunk = built.positions, 1.0
+        if atoms.pbc.any() and not np.array_equal(built.cell.array, atoms.cell.array):
+            strain = np.linalg.solve(closed_cell(built), closed_cell(atoms))
+            expected = expected @ strain
+            shrunk = float(np.linalg.svd(strain, compute_uv=False).min())
+        moved = np.sqrt(((atoms.positions - expected) ** 2).sum(axis=1).max())
+        # Two atoms that were beyond the list's reach are no nearer than this now.
+        nearest = shrunk * (self.cutoff + self.skin) - 2 * moved
+        return bool(nearest >= self.cutoff)  # False for NaN

@@ -15,7 +15,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from orbcalc.errors import ConfigError, StructureError
-from orbcalc.graph import AtomGraph
+from orbcalc.graph import AtomGraph, atoms_at_once
 from orbcalc.labels.baseline import (
     BaselineWorker,
     Outcome,
@@ -41,9 +41,6 @@ __all__ = [
 ]
 
 Results = dict[str, Any]
-
-#: Atoms in one batch of `predict`: few enough for caches.
-BATCH_ATOMS = 512
 
 #: What `predict` can be asked for.
 PREDICTED = {
@@ -236,6 +233,7 @@ def _batches(
     structures: Sequence[Atoms], committee: Committee, on_error: str
 ) -> Iterator[list[_Item]]:
     """Group structures of similar size, so that little is padded."""
+    limit = atoms_at_once(committee.first.element_index.device)
     batch: list[_Item] = []
     n_atoms = 0
     for index in sorted(range(len(structures)), key=lambda i: len(structures[i])):
@@ -247,7 +245,7 @@ def _batches(
             if on_error == "raise":
                 raise
             continue
-        if batch and n_atoms + len(atoms) > BATCH_ATOMS:
+        if batch and n_atoms + len(atoms) > limit:
             yield batch
             batch, n_atoms = [], 0
         batch.append(_Item(index, AtomGraph.from_atoms(atoms, committee.cutoff)))

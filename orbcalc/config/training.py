@@ -245,11 +245,11 @@ class OptimizerConfig(StrictModel):
         ge=0,
         description="structures with cheap labels only that join each step, if there are any",
     )
-    max_edges: int = Field(
-        default=20_000,
+    max_edges: int | None = Field(
+        default=None,
         ge=1,
         description="(padded) edges that are evaluated at once: a larger step is taken in parts, "
-        "whose gradients are added",
+        "whose gradients are added; default: 20,000, and 500,000 on a GPU",
     )
     steps: int = Field(default=10_000, ge=1, description="optimiser steps in all")
     warmup_steps: int = Field(default=100, ge=0)

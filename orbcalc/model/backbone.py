@@ -30,7 +30,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from orbcalc.config import PotentialConfig
-from orbcalc.graph import AtomGraph, Neighborhood, gather_neighbors
+from orbcalc.graph import AtomGraph, Neighborhood, gather_neighbors, part_size
 from orbcalc.model.basis import SphericalHarmonics, bessel_basis, polynomial_cutoff
 from orbcalc.model.products import DegreeLinear, SphereProduct, degree_of_component
 
@@ -41,9 +41,6 @@ SILU_GAIN = 1.6
 
 #: Up to products of three densities, which hold the positions of three neighbours and the atom.
 BODY_ORDER = 4
-
-#: Atoms in one part: few enough for caches (measured: half the time of 4,000 at once).
-PART_ATOMS = 512
 
 #: Of the neighbours of the first layer.
 ELEMENT_CHANNELS = 8
@@ -286,7 +283,9 @@ class Backbone(nn.Module):
         in_parts
             Save memory: work on parts of the atoms, and once more when derivatives are taken.
         """
-        parts: Sequence[AtomGraph | Neighborhood] = graph.parts(PART_ATOMS) if in_parts else [graph]
+        parts: Sequence[AtomGraph | Neighborhood] = [graph]
+        if in_parts:
+            parts = graph.parts(part_size(elements))
         sizes = [len(part.mask) for part in parts]
         edges = [
             self.edge_basis(own, part.mask)

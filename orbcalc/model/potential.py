@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from orbcalc.config import PotentialConfig
 from orbcalc.errors import UnsupportedElementError
-from orbcalc.graph import AtomGraph
-from orbcalc.model.backbone import PART_ATOMS, Backbone, NodeFeatures
+from orbcalc.graph import AtomGraph, part_size
+from orbcalc.model.backbone import Backbone, NodeFeatures
 from orbcalc.model.derivatives import forces_and_stress
 from orbcalc.model.heads import EnergyHead, InvariantChargeHead, OrbitalBlockHead
 from orbcalc.model.process import ProcessHead
@@ -238,7 +238,7 @@ class Potential(nn.Module):
             vectors = graph.edge_vectors()
             if differentiated and not vectors.requires_grad:
                 vectors.requires_grad_(True)
-            in_parts = graph.n_atoms > 2 * PART_ATOMS and not create_graph
+            in_parts = part_size(elements) < graph.n_atoms and not create_graph
             backbone = None if in_parts or create_graph else self.compiled_backbone
             nodes = (backbone or self.backbone)(
                 vectors.to(self.dtype), elements, graph, l_out, in_parts=in_parts
@@ -324,7 +324,7 @@ class Potential(nn.Module):
         # In float64: what rounding leaves of a large sum, the whitening enlarges.
         total = whitening.new_zeros(graph.n_structures, len(whitening), dtype=torch.float64)
         of_atoms = []
-        size = PART_ATOMS if graph.n_atoms > 2 * PART_ATOMS else max(graph.n_atoms, 1)
+        size = part_size(elements)
         for start in range(0, graph.n_atoms, size):  # many at once would not fit
             part = slice(start, start + size)
             last = self._last_layer(nodes.of(part), elements[part]).detach()

@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orbcalc.model.backbone import PART_ATOMS, NodeFeatures
+from orbcalc.graph import part_size
+from orbcalc.model.backbone import NodeFeatures
 
 __all__ = ["ProcessHead", "gaussian"]
 
@@ -110,9 +111,10 @@ class ProcessHead(nn.Module):
     ) -> Float[Tensor, " n_atoms"]:
         """Evaluate the energies."""
         features = self.features(nodes)
-        if len(features) <= 2 * PART_ATOMS:
+        size = part_size(features)
+        if len(features) <= size:
             return self._energies(features, elements)
-        parts = zip(features.split(PART_ATOMS), elements.split(PART_ATOMS), strict=True)
+        parts = zip(features.split(size), elements.split(size), strict=True)
         found = [checkpoint(self._energies, *part, use_reentrant=False) for part in parts]
         return torch.cat(found)
 

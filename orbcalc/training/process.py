@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from orbcalc.errors import MissingLabelError
-from orbcalc.model.backbone import PART_ATOMS
+from orbcalc.graph import part_size
 from orbcalc.model.potential import Potential
 from orbcalc.model.process import ProcessHead, gaussian
 from orbcalc.training.dataset import LabelDataset, on_device
@@ -235,7 +235,7 @@ def _atoms(potential: Potential, dataset: LabelDataset, chosen: list[int]) -> _A
         kinds = potential.element_index[graph.numbers]
         with torch.no_grad():
             vectors = graph.edge_vectors().to(potential.dtype)
-            in_parts = graph.n_atoms > 2 * PART_ATOMS
+            in_parts = part_size(graph.numbers) < graph.n_atoms
             nodes = potential.backbone(vectors, kinds, graph, 0, in_parts=in_parts)
         features.append(ProcessHead.features(nodes).cpu())
         elements.append(kinds.cpu())

@@ -28,6 +28,7 @@ from orbcalc.errors import (
     StructureError,
     UnsupportedElementError,
 )
+from orbcalc.graph import PART_ATOMS
 from orbcalc.model.checkpoint import save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential, Statistics
@@ -475,7 +476,7 @@ def test_results_come_in_the_given_order(single):
 def test_many_batches_are_one(single, monkeypatch):
     batch = [structures.water(), structures.ethanol(), structures.ferrocene()] * 3
     at_once = predict(single, batch)
-    monkeypatch.setattr("orbcalc.prediction.BATCH_ATOMS", 12)
+    monkeypatch.setitem(PART_ATOMS, "cpu", 12)
     for one, other in zip(at_once, predict(single, batch), strict=True):
         np.testing.assert_allclose(other["energy"], one["energy"], rtol=1e-12)
         np.testing.assert_allclose(other["forces"], one["forces"], atol=1e-10)

@@ -13,11 +13,9 @@ from ase import Atoms
 from e3nn import o3
 from structures import e3nn_representation, random_rotation
 
-import orbcalc.model.backbone as backbone_module
-import orbcalc.model.potential as potential_module
 from orbcalc.config import PotentialConfig
 from orbcalc.errors import ConfigError, UnsupportedElementError
-from orbcalc.graph import AtomGraph
+from orbcalc.graph import PART_ATOMS, AtomGraph
 from orbcalc.model.basis import SphericalHarmonics, bessel_basis, polynomial_cutoff
 from orbcalc.model.committee import Calibration, Committee
 from orbcalc.model.potential import Potential, Prediction
@@ -178,8 +176,7 @@ def test_in_parts_a_structure_is_the_same(potential, monkeypatch, atoms):
     graph = graph_of(atoms, structures.water())
     properties = ("energy", "forces", "stress", "charges")
     whole = potential(graph, properties)
-    for module in (backbone_module, potential_module):
-        monkeypatch.setattr(module, "PART_ATOMS", 2)
+    monkeypatch.setitem(PART_ATOMS, "cpu", 2)
     parts = potential(graph, properties)
     for field in fields(whole):
         expected, found = getattr(whole, field.name), getattr(parts, field.name)

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+
 import ase.neighborlist
 import numpy as np
 import pytest
 import structures
+import torch
 from ase import Atoms
 from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orbcalc.errors import ConfigError
-from orbcalc.neighbors import SkinList, neighbor_list
+from orbcalc import neighbors as neighbors_module
+from orbcalc.errors import ConfigError, StructureError
+from orbcalc.graph import AtomGraph
+from orbcalc.neighbors import SkinList, _can_search, neighbor_list
+from orbcalc.structures import check_structure
 
 CUTOFF = 4.0
 
 
 def edges(found, atoms):
     """All edges as sorted rows (i, j, shift)."""
-    centers = np.repeat(np.arange(len(atoms)), found.n_slots).reshape(found.mask.shape)
-    rows = np.concatenate(
-        [
-            centers[found.mask][:, None],
-            found.neighbors[found.mask][:, None],
-            found.shifts[found.mask],
-        ],
-        axis=1,
-    ).astype(int)
+    mask = found.mask.numpy()
+    centers = np.repeat(np.arange(len(atoms)), found.n_slots).reshape(mask.shape)
+    ends = found.neighbors.numpy()[mask][:, None]
+    rows = np.concatenate([centers[mask][:, None], ends, found.shifts.numpy()[mask]], axis=1)
+    rows = rows.astype(int)
     return rows[np.lexsort(rows.T[::-1])]
 
 
@@ -58,18 +60,19 @@ def test_all_pairs_of_random_structures(atoms, cutoff):
 
 def check_layout(found):
     """Unused slots point home, and each edge knows its reverse."""
-    n_atoms, n_slots = found.neighbors.shape
+    neighbors, shifts, mask, reverse = (value.numpy() for value in vars(found).values())
+    n_atoms, n_slots = neighbors.shape
     home = np.arange(n_atoms)[:, None]
-    assert n_slots == max(1, found.mask.sum(1).max())
-    assert (found.neighbors == home)[~found.mask].all()
-    assert (found.shifts[~found.mask] == 0).all()
+    assert n_slots == max(1, mask.sum(1).max())
+    assert (neighbors == home)[~mask].all()
+    assert (shifts[~mask] == 0).all()
     everywhere = np.arange(n_atoms * n_slots).reshape(n_atoms, n_slots)
-    np.testing.assert_array_equal(found.reverse[~found.mask], everywhere[~found.mask])
-    np.testing.assert_array_equal(found.reverse.ravel()[found.reverse], everywhere)
-    assert (found.reverse != everywhere)[found.mask].all()
-    np.testing.assert_array_equal(found.reverse[found.mask] // n_slots, found.neighbors[found.mask])
-    backward = found.shifts.reshape(-1, 3)[found.reverse]
-    np.testing.assert_array_equal(backward[found.mask], -found.shifts[found.mask])
+    np.testing.assert_array_equal(reverse[~mask], everywhere[~mask])
+    np.testing.assert_array_equal(reverse.ravel()[reverse], everywhere)
+    assert (reverse != everywhere)[mask].all()
+    np.testing.assert_array_equal(reverse[mask] // n_slots, neighbors[mask])
+    backward = shifts.reshape(-1, 3)[reverse]
+    np.testing.assert_array_equal(backward[mask], -shifts[mask])
 
 
 @pytest.mark.parametrize(
@@ -133,14 +136,14 @@ def test_a_thin_and_wide_cell():
     atoms = Atoms("H", cell=[4e3, 4e3, 3.0], pbc=True)
     found = neighbor_list(atoms, CUTOFF)
     assert found.mask.sum() == 2
-    np.testing.assert_array_equal(np.abs(found.shifts[found.mask]), [[0, 0, 1], [0, 0, 1]])
+    assert found.shifts[found.mask].abs().tolist() == [[0, 0, 1], [0, 0, 1]]
     check_layout(found)
 
 
 @settings(max_examples=40)
 @given(random_atoms())
 def test_the_closest_pair(atoms):
-    i, j, distance = neighbor_list(atoms, CUTOFF).closest(atoms)
+    i, j, distance = AtomGraph.from_atoms(atoms, CUTOFF).closest()
     distances = ase.neighborlist.neighbor_list("d", atoms, CUTOFF)
     if len(distances) == 0:
         assert distance == np.inf
@@ -166,7 +169,13 @@ def change_pbc(atoms):
 
 
 def change_cell(atoms):
-    atoms.cell[0, 0] += 1e-9
+    """Only the cell: what was whole across its faces is 0.6 Å apart now."""
+    atoms.cell[0, 0] += 0.6
+
+
+def strain(atoms):
+    """More than the skin leaves room for."""
+    atoms.set_cell(atoms.cell.array * 0.88, scale_atoms=True)
 
 
 def add_atom(atoms):
@@ -182,7 +191,9 @@ def swap_atoms(atoms):
     atoms.positions[[0, 1]] = atoms.positions[[1, 0]]
 
 
-@pytest.mark.parametrize("change", [change_pbc, change_cell, add_atom, move_one_far, swap_atoms])
+@pytest.mark.parametrize(
+    "change", [change_pbc, change_cell, strain, add_atom, move_one_far, swap_atoms]
+)
 def test_what_makes_a_list_invalid(change):
     skin_list = SkinList(CUTOFF, skin=0.5)
     atoms = structures.ice_cell()
@@ -214,6 +225,92 @@ def test_no_pair_is_missed_while_atoms_move(atoms, seed):
         listed = {tuple(row) for row in edges(skin_list.update(atoms), atoms)}
         assert {tuple(row) for row in edges_of_ase(atoms, 3.0)} <= listed
     assert skin_list.n_builds < 15
+
+
+@settings(max_examples=30)
+@given(random_atoms(), st.integers(0, 2**32 - 1))
+def test_no_pair_is_missed_while_cells_are_strained(atoms, seed):
+    """As in dynamics at constant pressure: cell and atoms move, each in its own way."""
+    rng = np.random.default_rng(seed)
+    skin_list = SkinList(3.0, skin=0.8)
+    for _ in range(15):
+        strained = atoms.cell.array @ (np.eye(3) + rng.normal(scale=0.01, size=(3, 3)))
+        atoms.set_cell(strained, scale_atoms=True)
+        atoms.positions += rng.normal(scale=0.02, size=atoms.positions.shape)
+        listed = {tuple(row) for row in edges(skin_list.update(atoms), atoms)}
+        assert {tuple(row) for row in edges_of_ase(atoms, 3.0)} <= listed
+    assert skin_list.n_builds < 15
+
+
+def test_a_cell_that_turns_with_its_atoms_needs_no_new_list():
+    skin_list = SkinList(CUTOFF, skin=0.5)
+    atoms = structures.ice_cell()
+    first = skin_list.update(atoms)
+    atoms.rotate(40, (1, 2, 3), rotate_cell=True)
+    assert skin_list.update(atoms) is first
+    found = AtomGraph.from_atoms(atoms, CUTOFF, first)
+    assert found.closest()[2] == pytest.approx(
+        ase.neighborlist.neighbor_list("d", atoms, CUTOFF).min()
+    )
+
+
+def test_a_cell_that_is_not_finite_is_seen_by_the_check():
+    skin_list = SkinList(CUTOFF)
+    atoms = structures.ice_cell()
+    skin_list.update(atoms)
+    atoms.cell[0, 0] = np.nan
+    with pytest.raises(StructureError):
+        skin_list.update(atoms, check_structure)
+
+
+@pytest.fixture
+def young_search(monkeypatch):
+    """Stand in for a search on another device: that of the CPU, changed by a function."""
+    own = neighbors_module._search
+
+    def put_in(change):
+        def search(positions, box, cutoff, device):
+            found = own(positions, box, cutoff, torch.device("cpu"))
+            return found if device.type == "cpu" else change(found)
+
+        monkeypatch.setattr(neighbors_module, "_search", search)
+
+    _can_search.cache_clear()
+    yield put_in
+    _can_search.cache_clear()
+
+
+def fails(_):
+    raise RuntimeError("too many pairs")
+
+
+@pytest.mark.parametrize(
+    ("change", "is_right"),
+    [
+        (lambda found: found, True),
+        (lambda found: tuple(part.flip(0) for part in found), True),  # in another order
+        (lambda found: tuple(part[1:] for part in found), False),
+        (lambda found: (found[0], found[1], torch.zeros_like(found[2]), found[3]), False),
+        (fails, False),
+    ],
+)
+def test_a_search_on_a_device_is_tried_before_it_is_trusted(young_search, change, is_right, caplog):
+    caplog.set_level(logging.WARNING)
+    young_search(change)
+    assert _can_search(torch.device("cuda")) is is_right
+    assert ("the CPU does it instead" in caplog.text) is not is_right
+
+
+def test_what_a_device_has_no_room_for_the_cpu_does(young_search):
+    ice = structures.ice_cell()
+    box = ice.positions, ice.cell.array, CUTOFF
+    expected = neighbors_module._search(*box, torch.device("cpu"))
+    young_search(lambda found: fails(found) if len(found[0]) == len(expected[0]) else found)
+    found = neighbors_module._pairs(*box, torch.device("meta"))
+    assert _can_search(torch.device("meta"))
+    for own, there in zip(expected, found, strict=True):
+        assert there.device.type == "meta"
+        assert own.shape == there.shape
 
 
 @pytest.mark.parametrize("skin", [-0.1, np.nan, np.inf])
