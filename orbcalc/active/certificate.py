@@ -44,6 +44,7 @@ __all__ = [
     "look_level",
     "max_mean",
     "max_misses",
+    "recompute",
 ]
 
 FORMAT_VERSION = 1

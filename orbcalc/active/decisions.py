@@ -6,6 +6,8 @@ their own orders of work. Nothing here knows of atoms.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +21,7 @@ from orbcalc.active.certificate import (
     clipped_losses,
     hits,
     kl_batch_look,
+    recompute,
 )
 from orbcalc.active.selection import draw_audit, select_batch
 from orbcalc.config import CertificateConfig, SelectionConfig, StopConfig
@@ -38,6 +41,10 @@ Stream = Literal["training", "audit", "batch", "md", "order"]
 
 #: Share of a batch that an audit has before it is given up.
 PATIENCE = 0.05
+
+#: Structures of a model with half the misses that are allowed, as many as an audit is thought to
+#: have seen already when its end is foreseen.
+PRIOR = 80
 
 #: Independent random streams of a round.
 _STREAMS: dict[Stream, int] = {"training": 0, "audit": 1, "batch": 2, "md": 3, "order": 4}
@@ -159,22 +166,46 @@ def take_look(
 def is_decided(look: Look, selection: SelectionConfig, options: CertificateConfig) -> bool:
     """Tell whether an audit that has come so far is ended.
 
-    It is where the look is certified, and where it will hardly be: if the rest of the pool is as
-    the audit so far, then the target is missed. That is not believed of few structures where a
-    batch, which is the price of giving up, is large.
+    It is where the look is certified, and where it will hardly be: if the rest of the audit is as
+    it has been so far, then nothing is proved at its end. That is not believed of few structures
+    where a batch, which is the price of giving up, is large; and `PRIOR` others, of a model that is
+    good enough, are counted beside them. An audit whose limit is too low to prove even such a model
+    good ends where all that is unlabelled would miss the target, if it is as the audit.
     """
     if look.certified:
         return True
     if look.n_audit < PATIENCE * selection.batch:
         return False
-    size, rest = max(look.n_audit, 1), look.n_inference - look.n_audit
-    lost = look.n_failed + look.n_audit_failed
-    if lost + rest * look.n_audit_misses / size > (1 - options.accuracy) * look.n_pool:
-        return True
-    if look.losses is None or options.mean_error is None:
-        return False
-    most = options.mean_error / options.tolerance * look.n_pool
-    return lost + rest * sum(look.losses) / size > most
+    if look.losses is not None and options.mean_error is not None:
+        most = options.mean_error / options.tolerance * look.n_pool
+        if _wrong_at_last(look, math.fsum(look.losses) / max(look.n_audit, 1)) > most:
+            return True
+    allowed = (1 - options.accuracy) * look.n_pool
+    good = max(allowed - look.n_failed, 0.0) / max(look.n_inference, 1) / 2
+    limit = min(selection.audit, look.n_inference)
+    start = replace(look, n_audit=0, n_audit_misses=0, n_audit_failed=0)
+    if _proves(start, limit, good, options):
+        rate = (look.n_audit_misses + PRIOR * good) / (look.n_audit + PRIOR)
+        return not _proves(look, limit, rate, options)
+    return _wrong_at_last(look, look.n_audit_misses / max(look.n_audit, 1)) > allowed
+
+
+def _wrong_at_last(look: Look, rate: float) -> float:
+    """Return what of the pool is wrong when an audit with this rate has seen all that is open."""
+    rest = look.n_inference - look.n_audit
+    return look.n_failed + look.n_audit_failed + rest * rate
+
+
+def _proves(look: Look, size: int, rate: float, options: CertificateConfig) -> bool:
+    """Tell whether an audit that goes on with this rate of misses is certified at its end."""
+    rest = max(size - look.n_audit, 0)
+    end = replace(
+        look,
+        n_audit=look.n_audit + rest,
+        n_audit_misses=look.n_audit_misses + min(round(rest * rate), rest),
+        losses=None,
+    )
+    return recompute(end, look.look, gamma=options.accuracy, delta=options.delta).certified
 
 
 def reason_to_end(

@@ -366,3 +366,33 @@ def test_an_audit_is_given_up_when_it_has_cost_a_part_of_the_batch(batch, misses
     look = audit_look(PoolCounts(60_000, 19_820, 0), hit, look=3, gamma=0.95, delta=0.05)
     rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
     assert is_decided(look, SelectionConfig(batch=batch), rules) is decided
+
+
+@pytest.mark.parametrize(
+    ("labelled", "misses", "limit", "decided"),
+    [
+        (40, 2, 1800, False),  # 1.5 are expected of a model that is good enough
+        (40, 5, 1800, True),
+        (300, 10, 1800, False),
+        (300, 18, 1800, True),  # fewer than are allowed, but that will not be proved
+        (300, 18, 400, False),  # nor would half as many with so low a limit
+        (300, 30, 400, True),
+        (40, 0, 60, False),
+        (700, 3, 1800, True),  # certified
+    ],
+)
+def test_an_audit_ends_where_its_end_would_prove_nothing(labelled, misses, limit, decided):
+    hit = np.arange(labelled) >= misses
+    terms = {"look": 3, "gamma": 0.95, "delta": 0.05, "method": "sequential"}
+    look = audit_look(PoolCounts(60_000, 19_820, 0), hit, **terms)
+    rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
+    assert is_decided(look, SelectionConfig(audit=limit), rules) is decided
+    assert look.certified is (labelled == 700)
+
+
+@pytest.mark.parametrize(("n_failed", "decided"), [(0, False), (60, False), (101, True)])
+def test_failed_labels_leave_less_to_prove(n_failed, decided):
+    terms = {"look": 1, "gamma": 0.95, "delta": 0.05, "method": "sequential"}
+    look = audit_look(PoolCounts(2000, 400, n_failed), np.ones(20, dtype=bool), **terms)
+    rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
+    assert is_decided(look, SelectionConfig(audit=400), rules) is decided
