@@ -43,6 +43,9 @@ _WILD, _FEW = 100.0, 0.01
 #: eV per atom: what is off by less may be rounding, where energies are exactly those of atoms.
 _MIN_WILD = 0.1
 
+#: eV/Å: what is less may be that of atoms pushed together.
+_MIN_WILD_FORCE = 50.0
+
 #: Rounds of the fit that finds wild energies, and structures that it takes for each element.
 _REWEIGHTED, _ENOUGH = 20, 3
 
@@ -75,6 +78,7 @@ def fit_statistics(
     xtb_energies = torch.cat([targets.xtb_energy for targets in dataset.targets])
     xtb_forces = torch.cat([targets.xtb_forces for targets in dataset.targets])
     n_atoms = counts.sum(1)
+    _warn_of_wild_forces(dataset)
     xtb_reference = fit_reference_energies(dataset, xtb_energies)
     xtb_residuals = xtb_energies - counts @ xtb_reference
     # What is learned from the reference labels: the energy, or its difference from GFN1-xTB.
@@ -182,15 +186,33 @@ def _least_squares(counts: Tensor, energies: Tensor) -> Float[Tensor, " n_elemen
 
 def _warn_of_wild(dataset: LabelDataset, indices: list[int]) -> None:
     if indices:
-        numbers = dataset.graphs[indices[0]].numbers.tolist()
         logger.warning(
             "energies of %d structures are a hundred times as far from what their elements come "
             "to as is usual (the first: structure %d, %s). Reference energies are fitted without "
             "them; correct the labels, or leave them out.",
             len(indices),
             indices[0],
-            Symbols(numbers).get_chemical_formula(),
+            _formula(dataset, indices[0]),
         )
+
+
+def _warn_of_wild_forces(dataset: LabelDataset) -> None:
+    largest = torch.stack([t.forces.nan_to_num().abs().max() for t in dataset.targets])
+    wild = (is_wild(largest) & (largest > _MIN_WILD_FORCE)).nonzero()[:, 0].tolist()
+    if wild:
+        logger.warning(
+            "%d structures (the first: structure %d, %s) have forces a hundred times as large as "
+            "is usual. They are learned nevertheless; correct the labels, or leave them out.",
+            len(wild),
+            wild[0],
+            _formula(dataset, wild[0]),
+        )
+
+
+def _formula(dataset: LabelDataset, index: int) -> str:
+    numbers = dataset.graphs[index].numbers.tolist()
+    formula: str = Symbols(numbers).get_chemical_formula()
+    return formula
 
 
 def charge_targets(

@@ -91,6 +91,21 @@ def test_a_wild_energy_bends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert "(the first: structure 23, CO2)" in caplog.text
 
 
+def test_wild_forces_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    rng = np.random.default_rng(0)
+    known = [additive(name) for name in ("H2O", "CH4", "CO2") * 4]
+    for atoms in known:
+        atoms.arrays[REF_FORCES] = rng.normal(size=atoms.positions.shape)
+    known[3].arrays[REF_FORCES] *= 20  # pushed together
+    del known[5].arrays[REF_FORCES]
+    fit_statistics(LabelDataset(known, 4.0), CONFIG)
+    assert not caplog.text
+    known[7].arrays[REF_FORCES] *= 500
+    fit_statistics(LabelDataset(known, 4.0), CONFIG)
+    assert "1 structures (the first: structure 7, CH4) have forces" in caplog.text
+
+
 def test_a_torn_structure_among_relaxed_ones_is_not_wild() -> None:
     sizes = torch.tensor([0.01] * 30 + [5.0] * 20)
     assert not is_wild(sizes).any()
