@@ -156,7 +156,7 @@ class Trainer:
             return potential
         fit_process(potential, self.train)
         scales = self._scales(potential, tasks)
-        judged = left_out(potential, self.train) if self.valid is self.train else self.valid
+        judged = left_out([potential], self.train)[0] if self.valid is self.train else self.valid
         loss, errors = evaluate(potential, judged, tasks, scales, options.batch_size)
         if self.report is not None:
             steps = options.steps
