@@ -58,7 +58,7 @@ class OrbcalcCalculator(Calculator):
     compile
         Compile the network at the first calculation, which then takes a minute or so; where that
         is not possible there is a warning. It pays in long runs of small systems: see
-        docs/architecture.md. Systems of more than 1,024 atoms (16,384 on a GPU) run as without it.
+        docs/architecture.md. Systems of more than 1,024 atoms (8,192 on a GPU) run as without it.
 
     Raises
     ------

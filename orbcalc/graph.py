@@ -25,8 +25,9 @@ __all__ = [
 ]
 
 #: Atoms in one batch, or one part of many: few enough for the caches of a CPU (measured: half the
-#: time of 4,000), and enough to keep a GPU busy.
-PART_ATOMS = {"cpu": 512, "cuda": 8192}
+#: time of 4,000). A GPU needs more to be busy; twice as many, the most that are evaluated at once,
+#: take 2.5 GiB (`medium`, 59 neighbours).
+PART_ATOMS = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -30,6 +30,13 @@ logger = logging.getLogger(__name__)
 #: vesin 0.6 divides a box into no more.
 MAX_CELLS = 1e5
 
+#: Stretch of a cell after which a list is made anew, though it misses nothing: its structure is
+#: worth another check.
+MAX_GROWTH = 1.2
+
+#: Kinds of devices, beside the CPU, that vesin knows; it takes others for CPUs.
+SEARCHERS = {"cuda"}
+
 #: Centre, neighbour, shift of its cell, and distance of each pair.
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -48,11 +55,6 @@ class NeighborList:
     reverse: Int[Tensor, "n_atoms n_slots"]
     """Flat index ``j * n_slots + slot`` of the reverse edge; of itself where unused."""
 
-    @property
-    def n_slots(self) -> int:
-        """Number of slots of each atom."""
-        return self.neighbors.shape[1]
-
 
 def neighbor_list(atoms: Atoms, cutoff: float, device: torch.device | str = "cpu") -> NeighborList:
     """Find all pairs closer than a cutoff, periodic images included.
@@ -66,20 +68,24 @@ def neighbor_list(atoms: Atoms, cutoff: float, device: torch.device | str = "cpu
     device
         Where the list is needed, and made if vesin can do so there.
     """
-    search, (positions, box) = cutoff, _in_a_box(atoms, cutoff)
+    search, (positions, cells, box) = cutoff, _in_a_box(atoms, cutoff)
     while _is_too_thin(box, search):
         search *= 2
-        positions, box = _in_a_box(atoms, search)
+        positions, cells, box = _in_a_box(atoms, search)
     centers, neighbors, shifts, distances = _pairs(positions, box, search, torch.device(device))
     if search > cutoff:
         near = distances < cutoff
         centers, neighbors, shifts = centers[near], neighbors[near], shifts[near]
-    return _pad(len(atoms), centers, neighbors, shifts)
+    found = _pad(len(atoms), centers, neighbors, shifts)
+    if not cells.any():
+        return found
+    own = torch.from_numpy(cells).to(device)
+    return replace(found, shifts=found.shifts + own[:, None] - own[found.neighbors])
 
 
 def _pairs(positions: np.ndarray, box: np.ndarray, cutoff: float, device: torch.device) -> Pairs:
     """Search on a device, or on the CPU for it."""
-    if device.type != "cpu" and _can_search(device):
+    if device.type in SEARCHERS and _can_search(device):
         try:
             return _search(positions, box, cutoff, device)
         except RuntimeError as error:  # more neighbours than vesin makes room for
@@ -101,42 +107,52 @@ def _search(positions: np.ndarray, box: np.ndarray, cutoff: float, device: torch
 
 @cache
 def _can_search(device: torch.device) -> bool:
-    """Tell, after a trial of small and large boxes, whether vesin finds on a device what it must.
+    """Tell, after a trial of several boxes, whether vesin finds on a device what it must.
 
     Its search on GPUs is young, and a pair that is missed is a wrong force without an error.
     """
     generator = np.random.default_rng(0)
     skewed = np.array([[1.0, 0.0, 0.0], [0.4, 0.9, 0.0], [-0.3, 0.2, 0.8]])
+    boxes = [
+        (2, 3.0 * skewed),
+        (60, 9.0 * skewed),
+        (200, np.diag([3.0, 8.0, 90.0])),
+        (4000, np.diag([35.0, 36.0, 37.0])),
+    ]
     try:
-        for n_atoms, length, shape in [
-            (2, 3.0, skewed),
-            (60, 9.0, skewed),
-            (4000, 35.0, np.eye(3)),
-        ]:
-            box = length * shape
-            positions = generator.uniform(-0.2, 1.2, (n_atoms, 3)) @ box
+        for n_atoms, box in boxes:
+            positions = generator.uniform(size=(n_atoms, 3)) @ box
             own, expected = (
                 _pad(n_atoms, *(part.cpu() for part in _search(positions, box, 4.0, where)[:3]))
                 for where in (device, torch.device("cpu"))
             )
             if not all(map(torch.equal, vars(own).values(), vars(expected).values())):
                 raise RuntimeError(f"other pairs of {n_atoms} atoms than on the CPU")
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         logger.warning("vesin cannot search on %s; the CPU does it instead: %s", device, error)
         return False
     return True
 
 
-def _in_a_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
-    """Close the open directions with a box that leaves room between images.
+def _in_a_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Close the open directions with a box that leaves room between images, and put all into it.
 
     In directions that are open for it, vesin takes time with the square of their length.
+
+    Returns
+    -------
+    positions, cells
+        (n_atoms, 3) inside the box, Å, and the box that each atom was in before.
+    box
+        (3, 3), Å.
     """
     cell = closed_cell(atoms)
     along = atoms.positions @ cell.T
     first = np.where(atoms.pbc, 0.0, along.min(axis=0) - cutoff)
     lengths = np.where(atoms.pbc, 1.0, np.ptp(along, axis=0) + 2 * cutoff)
-    return atoms.positions - first @ cell, cell * lengths[:, None]
+    positions, box = atoms.positions - first @ cell, cell * lengths[:, None]
+    cells = np.floor(positions @ np.linalg.inv(box))
+    return positions - cells @ box, cells, box
 
 
 def _is_too_thin(box: np.ndarray, cutoff: float) -> bool:
@@ -256,9 +272,15 @@ class SkinList:
             return False
         expected, shrunk = built.positions, 1.0
         if atoms.pbc.any() and not np.array_equal(built.cell.array, atoms.cell.array):
-            strain = np.linalg.solve(closed_cell(built), closed_cell(atoms))
+            try:
+                with np.errstate(all="ignore"):
+                    strain = np.linalg.solve(closed_cell(built), closed_cell(atoms))
+                    grown, _, shrunk = np.linalg.svd(strain, compute_uv=False).tolist()
+            except np.linalg.LinAlgError:  # vectors that have become parallel
+                return False
+            if not grown < MAX_GROWTH:
+                return False
             expected = expected @ strain
-            shrunk = float(np.linalg.svd(strain, compute_uv=False).min())
         moved = np.sqrt(((atoms.positions - expected) ** 2).sum(axis=1).max())
         # Two atoms that were beyond the list's reach are no nearer than this now.
         nearest = shrunk * (self.cutoff + self.skin) - 2 * moved

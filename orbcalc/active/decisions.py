@@ -43,7 +43,7 @@ Stream = Literal["training", "audit", "batch", "md", "order"]
 PATIENCE = 0.05
 
 #: Structures of a model with half the misses that are allowed, as many as an audit is thought to
-#: have seen already when its end is foreseen.
+#: have seen already when its end is foreseen; not fewer than its patience.
 PRIOR = 80
 
 #: Independent random streams of a round.
@@ -163,18 +163,30 @@ def take_look(
     return audit_look(counts, hit, failed=fail, method=options.method, **terms)
 
 
-def is_decided(look: Look, selection: SelectionConfig, options: CertificateConfig) -> bool:
+def is_decided(
+    look: Look, size: int, selection: SelectionConfig, options: CertificateConfig
+) -> bool:
     """Tell whether an audit that has come so far is ended.
 
     It is where the look is certified, and where it will hardly be: if the rest of the audit is as
     it has been so far, then nothing is proved at its end. That is not believed of few structures
-    where a batch, which is the price of giving up, is large; and `PRIOR` others, of a model that is
-    good enough, are counted beside them. An audit whose limit is too low to prove even such a model
-    good ends where all that is unlabelled would miss the target, if it is as the audit.
+    where a batch, which is the price of giving up, is large; and others, of a model that is good
+    enough, are counted beside them. An audit that is too small to prove even such a model good ends
+    where all that is unlabelled would miss the target, if it is as the audit.
+
+    Parameters
+    ----------
+    look
+        What the audit proves so far.
+    size
+        Structures that were drawn for it.
+    selection, options
+        Of the run.
     """
     if look.certified:
         return True
-    if look.n_audit < PATIENCE * selection.batch:
+    patience = PATIENCE * selection.batch
+    if look.n_audit < patience:
         return False
     if look.losses is not None and options.mean_error is not None:
         most = options.mean_error / options.tolerance * look.n_pool
@@ -182,11 +194,11 @@ def is_decided(look: Look, selection: SelectionConfig, options: CertificateConfi
             return True
     allowed = (1 - options.accuracy) * look.n_pool
     good = max(allowed - look.n_failed, 0.0) / max(look.n_inference, 1) / 2
-    limit = min(selection.audit, look.n_inference)
     start = replace(look, n_audit=0, n_audit_misses=0, n_audit_failed=0)
-    if _proves(start, limit, good, options):
-        rate = (look.n_audit_misses + PRIOR * good) / (look.n_audit + PRIOR)
-        return not _proves(look, limit, rate, options)
+    if _proves(start, size, good, options):
+        others = max(PRIOR, patience)
+        rate = (look.n_audit_misses + others * good) / (look.n_audit + others)
+        return not _proves(look, size, rate, options)
     return _wrong_at_last(look, look.n_audit_misses / max(look.n_audit, 1)) > allowed
 
 
@@ -205,7 +217,8 @@ def _proves(look: Look, size: int, rate: float, options: CertificateConfig) -> b
         n_audit_misses=look.n_audit_misses + min(round(rest * rate), rest),
         losses=None,
     )
-    return recompute(end, look.look, gamma=options.accuracy, delta=options.delta).certified
+    delta = options.delta if look.losses is None else options.delta / 2
+    return recompute(end, look.look, gamma=options.accuracy, delta=delta).certified
 
 
 def reason_to_end(

@@ -294,7 +294,9 @@ class InferenceSetDesign:
         )
         number = len(self.looks) + 1
         look = take_look(sample.counts, sample.errors, sample.failed, self.rules, number=number)
-        if look.n_audit < len(sample.indices) and not is_decided(look, self.selection, self.rules):
+        if look.n_audit < len(sample.indices) and not is_decided(
+            look, len(sample.indices), self.selection, self.rules
+        ):
             self._sample = sample
             return None
         self._sample = None

@@ -351,7 +351,7 @@ class Round:
             done += part
             errors += [self._error(key, len(pool[key]), selection) for key in keys]
             look = self._look_at(sample[:done], errors, selection, pool)
-            if done == len(sample) or is_decided(look, self.config.selection, options):
+            if done == len(sample) or is_decided(look, len(sample), self.config.selection, options):
                 break
         finite = [abs(e) for e in errors if np.isfinite(e)]
         self._event(

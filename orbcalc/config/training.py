@@ -245,11 +245,11 @@ class OptimizerConfig(StrictModel):
         ge=0,
         description="structures with cheap labels only that join each step, if there are any",
     )
-    max_edges: int | None = Field(
-        default=None,
+    max_edges: int = Field(
+        default=20_000,
         ge=1,
         description="(padded) edges that are evaluated at once: a larger step is taken in parts, "
-        "whose gradients are added; default: 20,000, and 500,000 on a GPU",
+        "whose gradients are added",
     )
     steps: int = Field(default=10_000, ge=1, description="optimiser steps in all")
     warmup_steps: int = Field(default=100, ge=0)
@@ -268,7 +268,7 @@ class TrainConfig(StrictModel):
     valid: Paths | float = Field(
         default=0.1,
         description="the same, or the fraction of the training structures to hold out; with a "
-        "process on features of start_from none is: each is left out in turn",
+        "process on features of start_from none is: each is left out in turn (not in a committee)",
     )
     output: Path = Field(default=Path("model.orbcalc"), description="where the model is written")
     seed: int = Field(default=0, ge=0)
@@ -345,9 +345,10 @@ class TrainConfig(StrictModel):
         """Whether errors are those of each structure left out in turn, and none is held out.
 
         That is so for a process on known features, unless structures to validate with are given.
+        The spread of several members is known for structures held out only.
         """
         is_process = self.potential.energy_head == "process" and self.start_from is not None
-        return is_process and isinstance(self.valid, float)
+        return is_process and self.committee == 1 and isinstance(self.valid, float)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -25,7 +25,8 @@ class Calibration:
     """What turns rigidities and the spread of the members into the size of errors.
 
     The score is the root of ``rigidity² + (weight spread)²``, as far as there are both. All is
-    measured on structures that no member was trained on; these values mean: not calibrated.
+    measured on structures that no member was trained on, or that were left out in turn; these
+    values mean: not calibrated.
 
     Raises
     ------

@@ -13,7 +13,7 @@ of the force on the atom. The root of its RMS over the atoms is a factor of the 
 ``|Wᵀ f| (mean |Vᵀ g|²)^¼``. Members of a committee are averaged.
 
 A process that was fitted to all structures is judged by what it says of each without the energy of
-that one, and ``F`` is taken without its term; so is each member of a committee of processes.
+that one, and ``F`` is taken without its term.
 
 A committee also has the spread of its members: its square is added, with the weight that makes the
 errors held out the likeliest. docs/uncertainty.md compares all of them.
@@ -60,8 +60,10 @@ _SPREAD_WEIGHTS = (0.0, *(10.0 ** (power / 4) for power in range(-4, 9)))
 def calibrate(
     committee: Committee,
     train: LabelDataset,
-    valid: LabelDataset | Sequence[LabelDataset],
+    valid: LabelDataset,
     batch_size: int = 32,
+    *,
+    in_turn: bool = False,
 ) -> Committee:
     """Measure the last layers of the members, and scale uncertainties to the size of errors.
 
@@ -72,8 +74,10 @@ def calibrate(
     train
         What they were trained on.
     valid
-        Labelled structures that no member was trained on; or, for each member with a process,
-        `train` with each structure left out in turn, see `orbcalc.training.process.left_out`.
+        Labelled structures that no member was trained on.
+    in_turn
+        Of a single member with a process: `valid` is `train` with each structure left out in turn,
+        see `orbcalc.training.process.left_out`.
 
     Returns
     -------
@@ -81,19 +85,17 @@ def calibrate(
         The same members. Without energies in `train` and `valid` a single member has no
         uncertainties, and several have their spread; without forces there are none of forces.
     """
-    in_turn = not isinstance(valid, LabelDataset)
-    sets = [valid] * len(committee.members) if isinstance(valid, LabelDataset) else valid
     measured = []
-    for member, own in zip(committee.members, sets, strict=True):
+    for member in committee.members:
         assert isinstance(member, Potential)
-        measured.append(_measure_rigidity(member, train, own, batch_size, in_turn=in_turn))
+        measured.append(_measure_rigidity(member, train, valid, batch_size, in_turn=in_turn))
     raw = Committee([*committee.members])
     if not raw.has_uncertainty:
         return raw
-    if isinstance(valid, LabelDataset):
-        energies, forces = _held_out(raw, valid, batch_size)
+    if in_turn:
+        (energies,), forces = measured, _HeldOut.nothing()
     else:
-        energies, forces = _HeldOut.of_mean(measured), _HeldOut.nothing()
+        energies, forces = _held_out(raw, valid, batch_size)
     energy_weight, energy, energy_95 = _scales(energies)
     forces_weight, force, force_95 = _scales(forces)
     has_forces = len(forces.errors) > 0
@@ -121,14 +123,6 @@ class _HeldOut:
     @classmethod
     def nothing(cls) -> _HeldOut:
         return cls(*(torch.empty(0, 1, dtype=torch.float64) for _ in range(3)))
-
-    @classmethod
-    def of_mean(cls, members: Sequence[_HeldOut]) -> _HeldOut:
-        """Return those of the mean of several members, of which those of each are known."""
-        errors = torch.stack([own.errors for own in members])
-        rigidity = torch.stack([own.rigidity for own in members])
-        spread = errors.std(0) if len(members) > 1 else torch.zeros_like(errors[0])
-        return cls(errors.mean(0), rigidity.mean(0), spread)
 
     def score(self, weight: float) -> Float[Tensor, "n 1"]:
         return joined_score(self.rigidity, self.spread, weight)

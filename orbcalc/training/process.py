@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -127,8 +126,8 @@ def fit_process(potential: Potential, dataset: LabelDataset) -> None:
     potential.told = known.told.to(device)
 
 
-def left_out(potentials: Sequence[Potential], dataset: LabelDataset) -> list[LabelDataset]:
-    """Return, for each potential, the structures with energies that show errors of leave-one-out.
+def left_out(potential: Potential, dataset: LabelDataset) -> LabelDataset:
+    """Return the structures with energies that show the errors of leave-one-out.
 
     The error of a prediction of the potential, which was fitted to these structures, is then what
     it would be without the energy of that structure; features, inducing atoms and the size of the
@@ -138,27 +137,26 @@ def left_out(potentials: Sequence[Potential], dataset: LabelDataset) -> list[Lab
 
     Parameters
     ----------
-    potentials
-        With processes that were fitted to `dataset`.
+    potential
+        With a process that was fitted to `dataset`.
     dataset
-        As they were fitted to.
+        As it was fitted to.
 
     Raises
     ------
     MissingLabelError
         If no structure but lone atoms has an energy.
     """
-    moves = torch.zeros(len(potentials), len(dataset), dtype=torch.float64)
-    for row, potential in zip(moves, potentials, strict=True):
-        known = _known(potential, dataset)
-        head = potential.energy_head
-        assert isinstance(head, ProcessHead)
-        is_sole = ((known.counts > 0) & ((known.counts > 0).sum(0) == 1)).any(1)
-        own = _Fit.of(deepcopy(head).cpu(), known).moves * known.roots
-        row[known.chosen] = torch.where(is_sole, torch.nan, own)
-    moves[:, moves.isnan().any(0)] = torch.nan  # all are judged by the same structures
-    energies = torch.cat([targets.energy for targets in dataset.targets])
-    return [dataset.with_energies((energies + row)[:, None]) for row in moves]
+    known = _known(potential, dataset)
+    head = potential.energy_head
+    assert isinstance(head, ProcessHead)
+    is_sole = ((known.counts > 0) & ((known.counts > 0).sum(0) == 1)).any(1)
+    own = _Fit.of(deepcopy(head).cpu(), known).moves * known.roots
+    moves = torch.zeros(len(dataset), dtype=torch.float64)
+    moves[known.chosen] = torch.where(is_sole, torch.nan, own)
+    return dataset.with_energies(
+        [t.energy + move for t, move in zip(dataset.targets, moves, strict=True)]
+    )
 
 
 class _Known(NamedTuple):

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,9 +169,9 @@ def finish_training(
         member, _ = load_model(_member_path(config, number), device=device, dtype=dtype)
         members.append(member.first)
     config, sets, train_set, valid_set = prepared(config, sets)
-    in_turn = left_out(members, train_set) if valid_set is None else []
-    committee = calibrate(Committee(members), train_set, valid_set or in_turn)
-    judged = valid_set or _mean_energies(in_turn)
+    in_turn = valid_set is None
+    judged = left_out(members[0], train_set) if valid_set is None else valid_set
+    committee = calibrate(Committee(members), train_set, judged, in_turn=in_turn)
     labelled = train_set.labelled(REFERENCE_TASKS)
     save_model(
         config.output,
@@ -217,15 +217,6 @@ def prepared(
     terms = (config.potential.cutoff, config.potential.baseline)
     train_set = LabelDataset(sets.train, *terms)
     return config, sets, train_set, LabelDataset(sets.valid, *terms) if sets.valid else None
-
-
-def _mean_energies(datasets: Sequence[LabelDataset]) -> LabelDataset:
-    """Return the structures that all have, with the means of their energies.
-
-    Errors of a committee's mean are the means of its members' errors.
-    """
-    energies = [torch.cat([targets.energy for targets in own.targets]) for own in datasets]
-    return datasets[0].with_energies(torch.stack(energies).mean(0)[:, None])
 
 
 def model_errors(

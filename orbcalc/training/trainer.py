@@ -30,9 +30,6 @@ from orbcalc.training.state import TrainState
 
 __all__ = ["Report", "Trainer", "evaluate", "resolve_device"]
 
-#: Edges of a step that are evaluated at once, by default.
-MAX_EDGES = {"cpu": 20_000, "cuda": 500_000}
-
 logger = logging.getLogger(__name__)
 
 #: Receives one record per validation: step, steps, losses and errors.
@@ -156,7 +153,7 @@ class Trainer:
             return potential
         fit_process(potential, self.train)
         scales = self._scales(potential, tasks)
-        judged = left_out([potential], self.train)[0] if self.valid is self.train else self.valid
+        judged = left_out(potential, self.train) if self.valid is self.train else self.valid
         loss, errors = evaluate(potential, judged, tasks, scales, options.batch_size)
         if self.report is not None:
             steps = options.steps
@@ -212,15 +209,12 @@ class Trainer:
         Structures with similar numbers of neighbours go together, so that little is padded, and
         no part has more edges than `optimizer.max_edges`, unless it is a single structure.
         """
-        limit = self.config.optimizer.max_edges
-        if limit is None:
-            limit = MAX_EDGES.get(self.device.type, MAX_EDGES["cpu"])
         slots = {i: self.train.graphs[i].mask.shape for i in indices}
         parts: list[list[int]] = []
         n_atoms = 0
         for i in sorted(indices, key=lambda i: (slots[i][1], i)):
             n_atoms += slots[i][0]
-            if not parts or n_atoms * slots[i][1] > limit:
+            if not parts or n_atoms * slots[i][1] > self.config.optimizer.max_edges:
                 parts.append([])
                 n_atoms = slots[i][0]
             parts[-1].append(i)

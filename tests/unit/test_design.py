@@ -365,7 +365,7 @@ def test_an_audit_is_given_up_when_it_has_cost_a_part_of_the_batch(batch, misses
     hit = np.arange(40) >= misses
     look = audit_look(PoolCounts(60_000, 19_820, 0), hit, look=3, gamma=0.95, delta=0.05)
     rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
-    assert is_decided(look, SelectionConfig(batch=batch), rules) is decided
+    assert is_decided(look, 200, SelectionConfig(batch=batch), rules) is decided
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_an_audit_ends_where_its_end_would_prove_nothing(labelled, misses, limit
     terms = {"look": 3, "gamma": 0.95, "delta": 0.05, "method": "sequential"}
     look = audit_look(PoolCounts(60_000, 19_820, 0), hit, **terms)
     rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
-    assert is_decided(look, SelectionConfig(audit=limit), rules) is decided
+    assert is_decided(look, limit, SelectionConfig(), rules) is decided
     assert look.certified is (labelled == 700)
 
 
@@ -395,4 +395,4 @@ def test_failed_labels_leave_less_to_prove(n_failed, decided):
     terms = {"look": 1, "gamma": 0.95, "delta": 0.05, "method": "sequential"}
     look = audit_look(PoolCounts(2000, 400, n_failed), np.ones(20, dtype=bool), **terms)
     rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
-    assert is_decided(look, SelectionConfig(audit=400), rules) is decided
+    assert is_decided(look, 400, SelectionConfig(), rules) is decided

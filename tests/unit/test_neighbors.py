@@ -26,7 +26,7 @@ CUTOFF = 4.0
 def edges(found, atoms):
     """All edges as sorted rows (i, j, shift)."""
     mask = found.mask.numpy()
-    centers = np.repeat(np.arange(len(atoms)), found.n_slots).reshape(mask.shape)
+    centers = np.broadcast_to(np.arange(len(atoms))[:, None], mask.shape)
     ends = found.neighbors.numpy()[mask][:, None]
     rows = np.concatenate([centers[mask][:, None], ends, found.shifts.numpy()[mask]], axis=1)
     rows = rows.astype(int)
@@ -95,7 +95,7 @@ def test_all_pairs_of_known_structures(atoms):
 
 def test_a_lone_atom_has_one_unused_slot():
     found = neighbor_list(structures.lone_atom(), CUTOFF)
-    assert found.n_slots == 1
+    assert found.mask.shape == (1, 1)
     assert not found.mask.any()
     check_layout(found)
 
@@ -138,6 +138,19 @@ def test_a_thin_and_wide_cell():
     assert found.mask.sum() == 2
     assert found.shifts[found.mask].abs().tolist() == [[0, 0, 1], [0, 0, 1]]
     check_layout(found)
+
+
+@settings(max_examples=40)
+@given(random_atoms(), st.integers(1, 10**6))
+def test_atoms_that_have_drifted_for_long(atoms, far):
+    expected = edges_of_ase(atoms, CUTOFF)
+    cells = np.random.default_rng(far).integers(-far, far, (len(atoms), 3)) * atoms.pbc
+    atoms.positions += cells @ atoms.cell.array
+    found = neighbor_list(atoms, CUTOFF)
+    check_layout(found)
+    rows = edges(found, atoms)
+    rows[:, 2:] += cells[rows[:, 1]] - cells[rows[:, 0]]
+    np.testing.assert_array_equal(rows[np.lexsort(rows.T[::-1])], expected)
 
 
 @settings(max_examples=40)
@@ -254,11 +267,22 @@ def test_a_cell_that_turns_with_its_atoms_needs_no_new_list():
     )
 
 
-def test_a_cell_that_is_not_finite_is_seen_by_the_check():
+@pytest.mark.parametrize(
+    "cell",
+    [
+        [[np.nan, 0, 0], [0, 5, 0], [0, 0, 5]],
+        [[5, 0, 0], [10, 0, 0], [0, 0, 5]],
+        [[5e8, 0, 0], [0, 5e8, 0], [0, 0, 5e8]],
+        np.zeros((3, 3)),
+    ],
+)
+@pytest.mark.parametrize("pbc", [True, (True, True, False)])
+def test_a_cell_that_is_none_is_seen_by_the_check(cell, pbc):
     skin_list = SkinList(CUTOFF)
     atoms = structures.ice_cell()
+    atoms.pbc = pbc
     skin_list.update(atoms)
-    atoms.cell[0, 0] = np.nan
+    atoms.set_cell(cell, scale_atoms=np.max(cell) > 1e6)
     with pytest.raises(StructureError):
         skin_list.update(atoms, check_structure)
 
@@ -301,7 +325,8 @@ def test_a_search_on_a_device_is_tried_before_it_is_trusted(young_search, change
     assert ("the CPU does it instead" in caplog.text) is not is_right
 
 
-def test_what_a_device_has_no_room_for_the_cpu_does(young_search):
+def test_what_a_device_has_no_room_for_the_cpu_does(young_search, monkeypatch):
+    monkeypatch.setattr(neighbors_module, "SEARCHERS", {"meta"})
     ice = structures.ice_cell()
     box = ice.positions, ice.cell.array, CUTOFF
     expected = neighbors_module._search(*box, torch.device("cpu"))

@@ -26,7 +26,6 @@ from orbcalc.training import process as fit_module
 from orbcalc.training.calibration import calibrate
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.process import fit_process, left_out, place_process
-from orbcalc.training.run import _mean_energies
 
 CUTOFF = 4.0
 OPTIONS = {"xtb_head": "baseline", "energy_head": "process"}
@@ -55,7 +54,7 @@ def data(atoms: list[Atoms], potential: Potential) -> LabelDataset:
     return LabelDataset(atoms, CUTOFF).with_elements(potential.elements)
 
 
-def energies(potential: Potential | Committee, dataset: LabelDataset) -> torch.Tensor:
+def energies(potential: Potential, dataset: LabelDataset) -> torch.Tensor:
     with torch.no_grad():
         return potential(AtomGraph.batch(dataset.graphs)).energy
 
@@ -324,7 +323,7 @@ def test_leaving_out_is_fitting_without(
     monkeypatch.setattr(fit_module, "_NOISES", (noise,))
     fit_process(unfitted, known)
     within = energies(unfitted, known) - labels(known)
-    found = energies(unfitted, known) - labels(left_out([unfitted], known)[0])
+    found = energies(unfitted, known) - labels(left_out(unfitted, known))
     head = unfitted.energy_head
     assert isinstance(head, ProcessHead)
     # The same inducing atoms, and the same size of the process, without each structure in turn.
@@ -352,46 +351,28 @@ def test_what_alone_tells_of_an_element_cannot_be_left_out(unfitted: Potential) 
     known = data([*waters(12), ammonia, wild, *waters(2, seed=1)], unfitted)
     bare = known.with_energies([*labels(known)[:-2, None], *torch.full((2, 1), torch.nan)])
     fit_process(unfitted, bare)
-    found = labels(left_out([unfitted], bare)[0])
+    found = labels(left_out(unfitted, bare))
     assert found[:12].isfinite().all()
     assert found[12].isnan()
     assert found[13] == 1e6  # it was not fitted to
     assert found[14:].isnan().all()
 
 
-@pytest.mark.parametrize("n_members", [1, 3])
-def test_intervals_of_left_out_structures_hold_for_others(
-    make_potential: MakePotential, n_members: int
-) -> None:
-    members = [quiet_baseline(make_potential(**OPTIONS, seed=k)) for k in range(n_members)]
-    within = []
-    for seed in range(4):
-        train, others = (
-            data(waters(n, seed=k), members[0]) for n, k in ((60, seed), (400, seed + 50))
-        )
-        for member in members:
-            fit_process(member, train)
-        model = calibrate(Committee(members), train, left_out(members, train))
-        with torch.no_grad():
-            found = model(AtomGraph.batch(others.graphs))
-        errors = (found.energy - labels(others)).abs()
-        limits = (found.energy_uncertainty, found.energy_interval_95)
-        within.append([float((errors <= limit).double().mean()) for limit in limits])
-    one_sigma, most = np.mean(within, axis=0)
-    assert one_sigma == pytest.approx(0.68, abs=0.13)
-    assert most == pytest.approx(0.95, abs=0.05)
-
-
-def test_the_mean_of_left_out_predictions_has_the_mean_error(make_potential: MakePotential) -> None:
-    members = [quiet_baseline(make_potential(**OPTIONS, seed=k)) for k in range(2)]
-    train = data(waters(20), members[0])
-    for member in members:
-        fit_process(member, train)
-    judged = left_out(members, train)
-    mean = _mean_energies(judged)
-    own = [energies(m, train) - labels(d) for m, d in zip(members, judged, strict=True)]
-    found = energies(Committee(members), train) - labels(mean)
-    torch.testing.assert_close(found, torch.stack(own).mean(0))
+def test_intervals_of_left_out_structures_hold_for_others(unfitted: Potential) -> None:
+    train, others = data(waters(60), unfitted), data(waters(400, seed=5), unfitted)
+    fit_process(unfitted, train)
+    judged = left_out(unfitted, train)
+    model = calibrate(Committee([unfitted]), train, judged, in_turn=True)
+    found = model(AtomGraph.batch(others.graphs))
+    errors = (found.energy - labels(others)).abs()
+    assert found.energy_uncertainty is not None
+    assert found.energy_interval_95 is not None
+    assert float((errors <= found.energy_uncertainty).double().mean()) == pytest.approx(
+        0.68, abs=0.13
+    )
+    assert float((errors <= found.energy_interval_95).double().mean()) == pytest.approx(
+        0.95, abs=0.05
+    )
 
 
 def test_a_calibrated_model_survives_its_file(unfitted: Potential, tmp_path: Path) -> None:
