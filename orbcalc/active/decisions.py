@@ -42,9 +42,10 @@ Stream = Literal["training", "audit", "batch", "md", "order"]
 #: Share of a batch that an audit has before it is given up.
 PATIENCE = 0.05
 
-#: Structures of a model with half the misses that are allowed, as many as an audit is thought to
-#: have seen already when its end is foreseen; not fewer than its patience.
-PRIOR = 80
+#: Misses of a model that is good enough to be proved so with few labels, of those allowed; and how
+#: many structures of such a model an audit is thought to have seen already when its end is
+#: foreseen, if its patience is not larger.
+GOOD, PRIOR = 0.25, 80
 
 #: Independent random streams of a round.
 _STREAMS: dict[Stream, int] = {"training": 0, "audit": 1, "batch": 2, "md": 3, "order": 4}
@@ -193,7 +194,7 @@ def is_decided(
         if _wrong_at_last(look, math.fsum(look.losses) / max(look.n_audit, 1)) > most:
             return True
     allowed = (1 - options.accuracy) * look.n_pool
-    good = max(allowed - look.n_failed, 0.0) / max(look.n_inference, 1) / 2
+    good = max(allowed - look.n_failed, 0.0) / max(look.n_inference, 1) * GOOD
     start = replace(look, n_audit=0, n_audit_misses=0, n_audit_failed=0)
     if _proves(start, size, good, options):
         others = max(PRIOR, patience)

@@ -85,9 +85,10 @@ def test_a_sequential_audit_goes_on_until_it_decides() -> None:
 def test_a_sequential_audit_ends_at_its_limit_and_at_the_budget() -> None:
     truth = np.zeros(200)
     truth[::9] = 1.0  # 11 % misses, which is neither good nor bad
-    sizes = SelectionConfig(initial=10, batch=8, audit=25, audit_step=10)
+    # Fewer than prove anything, so what is foreseen at its end does not end it.
+    sizes = SelectionConfig(initial=10, batch=8, audit=13, audit_step=5)
     design = make(200, selection=sizes, stop=StopConfig(max_rounds=1), seed=4)
-    assert [len(a) for a in finish(design, truth, np.zeros(200))] == [10, 10, 10, 5]
+    assert [len(a) for a in finish(design, truth, np.zeros(200))] == [10, 5, 5, 3]
     assert design.certificate.reason == "max_rounds"
     design = make(200, selection=sizes, stop=StopConfig(max_labels=24), seed=4)
     assert sum(len(a) for a in finish(design, truth, np.zeros(200))) == 24
@@ -359,13 +360,13 @@ def test_it_loads_neither_chemistry_nor_networks() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "misses", "decided"),
-    [(400, 3, True), (1000, 3, False), (400, 2, False), (1000, 0, False)],
+    [(400, 8, True), (1000, 8, False), (400, 2, False), (1000, 0, False)],
 )
 def test_an_audit_is_given_up_when_it_has_cost_a_part_of_the_batch(batch, misses, decided):
     hit = np.arange(40) >= misses
     look = audit_look(PoolCounts(60_000, 19_820, 0), hit, look=3, gamma=0.95, delta=0.05)
     rules = CertificateConfig(tolerance=1.0, accuracy=0.95)
-    assert is_decided(look, 200, SelectionConfig(batch=batch), rules) is decided
+    assert is_decided(look, 1800, SelectionConfig(batch=batch), rules) is decided
 
 
 @pytest.mark.parametrize(
@@ -375,8 +376,8 @@ def test_an_audit_is_given_up_when_it_has_cost_a_part_of_the_batch(batch, misses
         (40, 5, 1800, True),
         (300, 10, 1800, False),
         (300, 18, 1800, True),  # fewer than are allowed, but that will not be proved
-        (300, 18, 400, False),  # nor would half as many with so low a limit
-        (300, 30, 400, True),
+        (80, 5, 100, False),  # nor would a quarter of those allowed, with so few
+        (80, 9, 100, True),
         (40, 0, 60, False),
         (700, 3, 1800, True),  # certified
     ],
