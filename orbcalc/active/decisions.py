@@ -42,10 +42,12 @@ Stream = Literal["training", "audit", "batch", "md", "order"]
 #: Share of a batch that an audit has before it is given up.
 PATIENCE = 0.05
 
-#: Misses of a model that is good enough to be proved so with few labels, of those allowed; and how
-#: many structures of such a model an audit is thought to have seen already when its end is
-#: foreseen, if its patience is not larger.
-GOOD, PRIOR = 0.25, 80
+#: Misses of a model that is good enough to be proved so with few labels, of those allowed.
+GOOD = 0.25
+
+#: How many structures of such a model an audit is thought to have seen already when its end is
+#: foreseen, if its patience is not larger: at most so many, and such a part of it.
+PRIOR, PRIOR_SHARE = 80, 0.2
 
 #: Independent random streams of a round.
 _STREAMS: dict[Stream, int] = {"training": 0, "audit": 1, "batch": 2, "md": 3, "order": 4}
@@ -197,9 +199,10 @@ def is_decided(
     good = max(allowed - look.n_failed, 0.0) / max(look.n_inference, 1) * GOOD
     start = replace(look, n_audit=0, n_audit_misses=0, n_audit_failed=0)
     if _proves(start, size, good, options):
-        others = max(PRIOR, patience)
+        others = max(min(PRIOR, PRIOR_SHARE * size), patience)
         rate = (look.n_audit_misses + others * good) / (look.n_audit + others)
-        return not _proves(look, size, rate, options)
+        # The end of an audit of nearly all that is open proves it by labels alone.
+        return _wrong_at_last(look, rate) > allowed or not _proves(look, size, rate, options)
     return _wrong_at_last(look, look.n_audit_misses / max(look.n_audit, 1)) > allowed
 
 
