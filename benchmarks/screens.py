@@ -52,7 +52,7 @@ class Screen:
 
     energies: np.ndarray
     """(n,) reference energies of the set, eV."""
-    models: dict[str, MakeModel]
+    models: Mapping[str, MakeModel]
     n_pool: int
     selection: SelectionConfig
     kcal_mol: float | None = None
@@ -92,14 +92,8 @@ def gaussian_processes(
     return Screen(_energies(structures), {GAUSSIAN_PROCESS: make}, n_pool, selection)
 
 
-def potentials(
-    structures: Sequence[Atoms],
-    n_pool: int,
-    selection: SelectionConfig,
-    optimizer: Mapping[str, int],
-    kcal_mol: float | None = None,
-) -> Screen:
-    """Screen with potentials, one for each recipe."""
+def potentials(structures: Sequence[Atoms], optimizer: Mapping[str, int]) -> dict[str, MakeModel]:
+    """Return makers of potentials, one for each recipe."""
     bare = [atoms.copy() for atoms in structures]
     for atoms in bare:
         del atoms.info[REF_ENERGY]
@@ -108,9 +102,7 @@ def potentials(
         own = [bare[i] for i in pool]
         return PotentialOnPool(own, folder, recipe=recipe, optimizer=optimizer, seed=seed)
 
-    models = {recipe: partial(make, recipe) for recipe in RECIPES}
-    energies = _energies(structures)
-    return Screen(energies, models, n_pool, selection, kcal_mol)
+    return {recipe: partial(make, recipe) for recipe in RECIPES}
 
 
 def _energies(structures: Sequence[Atoms]) -> np.ndarray:
@@ -127,8 +119,7 @@ def load_screen(name: str, options: argparse.Namespace) -> Screen:
         found = labelled_qm9(options.data, options.labels, 12_000)
         screen = gaussian_processes(found, 2000, sizes)
         optimizer = {"steps": options.steps or 4000, "batch_size": 16}
-        models = {**screen.models, **potentials(found, 2000, sizes, optimizer).models}
-        return replace(screen, models=models)
+        return replace(screen, models={**screen.models, **potentials(found, optimizer)})
     if name == "qm9-large":
         n_pool = options.pool or 20_000
         sizes = SelectionConfig(
@@ -136,10 +127,12 @@ def load_screen(name: str, options: argparse.Namespace) -> Screen:
         )
         optimizer = {"steps": options.steps or 8000, "batch_size": 32}
         found = labelled_qm9(options.data, options.labels, max(n_pool, 20_000))
-        return potentials(found, n_pool, sizes, optimizer, kcal_mol=1)
+        models = potentials(found, optimizer)
+        return Screen(_energies(found), models, n_pool, sizes, kcal_mol=1)
     sizes = SelectionConfig(initial=60, batch=40, diversity=1)
     small = labelled_qm9(options.data, options.labels, 12_000, max_atoms=14)
-    return potentials(small, options.pool or 600, sizes, {"steps": options.steps or 500})
+    models = potentials(small, {"steps": options.steps or 500})
+    return Screen(_energies(small), models, options.pool or 600, sizes)
 
 
 # ------------------------------------------------------------------------------- screens

@@ -23,7 +23,7 @@ from ase import Atoms
 from e3nn import o3
 from jaxtyping import Float
 
-from orbcalc.graph import AtomGraph
+from orbcalc.graph import AtomGraph, atoms_at_once
 from orbcalc.model.checkpoint import load_weights, potential_content, potential_from
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
@@ -56,9 +56,6 @@ STENCIL = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
 #: Step of finite differences, Å or strain: it keeps the h⁴ term below the tolerance, and the
 #: rounding of total energies up to 10⁵ eV.
 STEP = 3e-4
-
-#: Atoms in one batch of displaced structures.
-BATCH_ATOMS = 512
 
 UNITS = {spec.name: spec.unit for spec in PROPERTIES}
 
@@ -311,9 +308,9 @@ def _slopes(
 ) -> Float[np.ndarray, " n_modes"]:
     """Return the derivative of the energy along each mode."""
     changed = [deform(atoms, mode, k * STEP) for mode in modes for k in STENCIL]
-    size = max(1, BATCH_ATOMS // len(atoms))
     energies: list[float] = []
     device, cutoff = _first(model).element_index.device, _first(model).config.cutoff
+    size = max(1, atoms_at_once(device) // len(atoms))
     for start in range(0, len(changed), size):
         graphs = [AtomGraph.from_atoms(moved, cutoff) for moved in changed[start : start + size]]
         energies += model(AtomGraph.batch(graphs).to(device)).energy.tolist()

@@ -228,16 +228,25 @@ def test_the_caller_may_change_its_atoms_in_place():
     assert skin_list.n_builds == 2
 
 
+def assert_no_pair_is_missed(atoms, skin, move):
+    """While a function moves atoms, and perhaps their cell."""
+    skin_list = SkinList(3.0, skin)
+    for _ in range(15):
+        move()
+        listed = {tuple(row) for row in edges(skin_list.update(atoms), atoms)}
+        assert {tuple(row) for row in edges_of_ase(atoms, 3.0)} <= listed
+    assert skin_list.n_builds < 15
+
+
 @settings(max_examples=20)
 @given(random_atoms(), st.integers(0, 2**32 - 1))
 def test_no_pair_is_missed_while_atoms_move(atoms, seed):
     rng = np.random.default_rng(seed)
-    skin_list = SkinList(3.0, skin=0.6)
-    for _ in range(15):
+
+    def move():
         atoms.positions += rng.normal(scale=0.05, size=atoms.positions.shape)
-        listed = {tuple(row) for row in edges(skin_list.update(atoms), atoms)}
-        assert {tuple(row) for row in edges_of_ase(atoms, 3.0)} <= listed
-    assert skin_list.n_builds < 15
+
+    assert_no_pair_is_missed(atoms, 0.6, move)
 
 
 @settings(max_examples=30)
@@ -245,14 +254,13 @@ def test_no_pair_is_missed_while_atoms_move(atoms, seed):
 def test_no_pair_is_missed_while_cells_are_strained(atoms, seed):
     """As in dynamics at constant pressure: cell and atoms move, each in its own way."""
     rng = np.random.default_rng(seed)
-    skin_list = SkinList(3.0, skin=0.8)
-    for _ in range(15):
+
+    def move():
         strained = atoms.cell.array @ (np.eye(3) + rng.normal(scale=0.01, size=(3, 3)))
         atoms.set_cell(strained, scale_atoms=True)
         atoms.positions += rng.normal(scale=0.02, size=atoms.positions.shape)
-        listed = {tuple(row) for row in edges(skin_list.update(atoms), atoms)}
-        assert {tuple(row) for row in edges_of_ase(atoms, 3.0)} <= listed
-    assert skin_list.n_builds < 15
+
+    assert_no_pair_is_missed(atoms, 0.8, move)
 
 
 def test_a_cell_that_turns_with_its_atoms_needs_no_new_list():
