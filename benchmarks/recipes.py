@@ -59,8 +59,9 @@ def orbcalc_config(model: Model, data: DataSet, recipe: Recipe, epochs: int) -> 
         branch[last] = yaml.safe_load(value)
     if recipe.above_xtb:
         del tree["reference_energies"]  # total ones; those of differences are fitted
-    default = parse_config(tree, TrainConfig, source="--option").optimizer
-    steps = epochs * -(-len(data.train) // default.batch_size)
+    config = parse_config(tree, TrainConfig, source="--option")
+    default = config.optimizer
+    steps = epochs * -(-len(data.train) // config.batch_sizes[0])
     tree["optimizer"] = {
         "steps": steps,
         "warmup_steps": min(default.warmup_steps, steps // 10),

@@ -110,7 +110,7 @@ def ask(potential: Potential, dataset: LabelDataset, forces: bool) -> tuple[dict
     )
     columns: dict[str, list[Tensor]] = {}
     properties = ["rigidity", "features", "charges", *(["forces"] if forces else [])]
-    for graph, targets in on_device(dataset, 32, potential):
+    for graph, targets in on_device(dataset, potential):
         with torch.no_grad():
             found = potential(graph, properties)
         charges = found.orbital_blocks - charge_targets(targets.charges, potential.config)

@@ -149,6 +149,13 @@ ARMS: dict[str, Arm] = {
         ("charges", *_ENERGY),
         pool=True,
     ),
+    "12br": Arm(
+        "as 12b, the difference reads the charges",
+        _xtb("baseline", True),
+        ("charges", *_ENERGY),
+        pool=True,
+        reads_charges=True,
+    ),
     "12f": Arm("surrogate Δ + forces of the pool", _xtb("baseline", False), _FORCES, pool=True),
     "12bf": Arm(
         "surrogate Δ + blocks and forces of the pool",
@@ -162,11 +169,29 @@ ARMS: dict[str, Arm] = {
         ("charges", *_ENERGY),
         pool=True,
     ),
+    "13e": Arm(
+        "as 13, without blocks",
+        {**_xtb("baseline", False), "energy_head": "process"},
+        _ENERGY,
+        pool=True,
+    ),
 }
 
 #: Panels of the figure.
 FAMILIES = {
     "charges of the labelled structures": ("1", "2", "3", "4", "5", "6", "9", "10"),
     "cheap labels of the pool": ("1", "7", "9p", "8", "8b", "8f", "8bf"),
-    "on top of GFN1-xTB": ("1", "11", "11b", "11p", "12", "12b", "12f", "12bf", "13"),
+    "on top of GFN1-xTB": (
+        "1",
+        "11",
+        "11b",
+        "11p",
+        "12",
+        "12b",
+        "12br",
+        "12f",
+        "12bf",
+        "13",
+        "13e",
+    ),
 }

@@ -175,7 +175,7 @@ def _embed(potential: Potential, structures: Sequence[Atoms]) -> tuple[np.ndarra
     )
     dataset = LabelDataset(structures, potential.config.cutoff)
     with torch.no_grad():
-        for graph, _ in on_device(dataset, 32, potential):
+        for graph, _ in on_device(dataset, potential):
             potential(graph)
     hook.remove()
     ends = np.cumsum([0, *(len(atoms) for atoms in structures)])

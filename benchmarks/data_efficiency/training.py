@@ -282,7 +282,7 @@ def _errors(potential: Potential, arm: Arm, structures: Sequence[Atoms]) -> dict
     properties = ["energy", "xtb_energy", "charges"]
     energies, xtb_energies, charges, labels = [], [], [], []
     with torch.no_grad():
-        for graph, targets in on_device(dataset, 32, potential):
+        for graph, targets in on_device(dataset, potential):
             prediction = potential(graph, properties)
             energies.append(prediction.energy - targets.energy)
             if prediction.xtb_energy is not None:
@@ -335,7 +335,7 @@ def _inference(
     """Time energies of one batch, and what xTB takes for it where an arm needs that."""
     batch = structures[:_TIMED_STRUCTURES]
     dataset = _dataset(batch, potential.config)
-    [(graph, _)] = on_device(dataset, len(dataset), potential)
+    [(graph, _)] = on_device(dataset, potential, size=len(dataset))
     wanted = {"energy": ["energy"]}
     if potential.charge_head is not None:
         wanted["energy_and_charges"] = ["energy", "charges"]

@@ -152,6 +152,11 @@ REFERENCE_TASKS = ("energy", "forces", "stress")
 _CHEAP_WEIGHT_WITHOUT_FORCES = 30.0
 
 
+#: Structures of a step. Forces of two tell more than energies of eight, and noisy steps generalise
+#: better: docs/architecture.md has the measurements.
+_BATCH_SIZE, _BATCH_SIZE_WITH_FORCES = 8, 2
+
+
 class TaskWeights(StrictModel):
     """Weight of each task in the loss, on errors scaled to be of order one; 0 switches it off.
 
@@ -237,13 +242,17 @@ class OptimizerConfig(StrictModel):
         ge=0,
         description="of matrices; each step they lose learning_rate x weight_decay of their size",
     )
-    batch_size: int = Field(
-        default=8, ge=1, description="structures with reference labels in each step"
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="structures with reference labels in each step; default: "
+        f"{_BATCH_SIZE_WITH_FORCES} where forces are learned, otherwise {_BATCH_SIZE}",
     )
-    cheap_batch_size: int = Field(
-        default=16,
+    cheap_batch_size: int | None = Field(
+        default=None,
         ge=0,
-        description="structures with cheap labels only that join each step, if there are any",
+        description="structures with cheap labels only that join each step, if there are any; "
+        "default: twice batch_size",
     )
     max_edges: int = Field(
         default=20_000,
@@ -339,6 +348,15 @@ class TrainConfig(StrictModel):
         left_open = {name: w for name, w in weights.items() if getattr(tasks, name) is None}
         tasks = tasks.model_copy(update=left_open)
         return self.model_copy(update={"potential": potential, "tasks": tasks})
+
+    @property
+    def batch_sizes(self) -> tuple[int, int]:
+        """Structures of a step: with reference labels, and with cheap ones only."""
+        has_forces = self.tasks.forces or self.tasks.xtb_forces
+        labelled, cheap = self.optimizer.batch_size, self.optimizer.cheap_batch_size
+        if labelled is None:
+            labelled = _BATCH_SIZE_WITH_FORCES if has_forces else _BATCH_SIZE
+        return labelled, 2 * labelled if cheap is None else cheap
 
     @property
     def leaves_one_out(self) -> bool:

@@ -61,7 +61,6 @@ def calibrate(
     committee: Committee,
     train: LabelDataset,
     valid: LabelDataset,
-    batch_size: int = 32,
     *,
     in_turn: bool = False,
 ) -> Committee:
@@ -88,14 +87,14 @@ def calibrate(
     measured = []
     for member in committee.members:
         assert isinstance(member, Potential)
-        measured.append(_measure_rigidity(member, train, valid, batch_size, in_turn=in_turn))
+        measured.append(_measure_rigidity(member, train, valid, in_turn=in_turn))
     raw = Committee([*committee.members])
     if not raw.has_uncertainty:
         return raw
     if in_turn:
         (energies,), forces = measured, _HeldOut.nothing()
     else:
-        energies, forces = _held_out(raw, valid, batch_size)
+        energies, forces = _held_out(raw, valid)
     energy_weight, energy, energy_95 = _scales(energies)
     forces_weight, force, force_95 = _scales(forces)
     has_forces = len(forces.errors) > 0
@@ -128,9 +127,7 @@ class _HeldOut:
         return joined_score(self.rigidity, self.spread, weight)
 
 
-def _held_out(
-    committee: Committee, valid: LabelDataset, batch_size: int
-) -> tuple[_HeldOut, _HeldOut]:
+def _held_out(committee: Committee, valid: LabelDataset) -> tuple[_HeldOut, _HeldOut]:
     """Return those of energies, divided by the root of the number of atoms, and of forces.
 
     Components of forces that are zero by symmetry are left out, as all those of lone atoms are:
@@ -138,7 +135,7 @@ def _held_out(
     """
     energies: list[tuple[Tensor, ...]] = []
     forces: list[tuple[Tensor, ...]] = []
-    for graph, targets in on_device(valid, batch_size, committee.first):
+    for graph, targets in on_device(valid, committee.first):
         prediction = committee(graph, ("energy", "forces"))
         assert prediction.forces is not None
         row = (
@@ -183,7 +180,6 @@ def _measure_rigidity(
     potential: Potential,
     train: LabelDataset,
     valid: LabelDataset,
-    batch_size: int,
     *,
     in_turn: bool,
 ) -> _HeldOut:
@@ -191,7 +187,7 @@ def _measure_rigidity(
     buffers = [potential.get_buffer(name) for name in ("whitening", "atom_whitening")]
     for buffer in buffers:
         buffer.zero_()  # it may be that of an earlier training
-    products, n_known = _mean_products(potential, train, batch_size)
+    products, n_known = _mean_products(potential, train)
     if n_known == 0:
         return _HeldOut.nothing()
     n_elements = len(potential.elements)
@@ -200,7 +196,7 @@ def _measure_rigidity(
     # Of how many terms F is the mean, if that of a structure is among them.
     n_means = n_known if in_turn else math.inf
     errors, means, factors = list[Tensor](), list[Tensor](), list[Tensor]()
-    for graph, targets, prediction, last in _last_layers(potential, valid, batch_size):
+    for graph, targets, prediction, last in _last_layers(potential, valid):
         n_atoms = graph.n_atoms_of_structure.double()
         found = _energy_errors(potential, prediction, targets, graph) / n_atoms.sqrt()
         for number in found.isfinite().nonzero()[:, 0].tolist():
@@ -228,7 +224,7 @@ def _measure_rigidity(
 
 
 def _mean_products(
-    potential: Potential, train: LabelDataset, batch_size: int
+    potential: Potential, train: LabelDataset
 ) -> tuple[Float[Tensor, "2 n_last n_last"], int]:
     """Return the mean of f fᵀ / n² over structures with an energy, and that of g gᵀ over atoms.
 
@@ -239,7 +235,7 @@ def _mean_products(
     products = torch.zeros(2, n_last, n_last, dtype=torch.float64, device=device)
     counts = products.new_zeros(2)
     told = train.labelled(["energy", "forces"])
-    for graph, targets, _, last in _last_layers(potential, train, batch_size, told):
+    for graph, targets, _, last in _last_layers(potential, train, told):
         labelled = torch.isfinite(targets.energy)
         means = graph.sum_over_atoms(last) / graph.n_atoms_of_structure[:, None]
         forces_known = torch.isfinite(targets.forces).all(1)
@@ -253,11 +249,10 @@ def _mean_products(
 def _last_layers(
     potential: Potential,
     dataset: LabelDataset,
-    batch_size: int,
     among: Sequence[int] | None = None,
 ) -> Iterator[tuple[AtomGraph, Targets, Prediction, Float[Tensor, "n_atoms n_last"]]]:
     """Go through a data set with the energies and last layers that a potential finds."""
-    for graph, targets in on_device(dataset, batch_size, potential, among):
+    for graph, targets in on_device(dataset, potential, among):
         with torch.no_grad():
             prediction = potential(graph, ("energy", "last_layer"))
         assert prediction.last_layer is not None

@@ -225,7 +225,11 @@ class LabelDataset:
 
 
 def on_device(
-    dataset: LabelDataset, size: int, potential: Potential, among: Sequence[int] | None = None
+    dataset: LabelDataset,
+    potential: Potential,
+    among: Sequence[int] | None = None,
+    *,
+    size: int = 32,
 ) -> Iterator[tuple[AtomGraph, Targets]]:
     """Go through a data set, or some of it, in batches, on the device of a potential."""
     device = potential.element_index.device

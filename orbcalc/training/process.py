@@ -57,8 +57,6 @@ _ROUNDING = 1e-10
 #: Prior variance of energies of elements, in units of that of the process: wide.
 _WIDE = 1e4
 
-_BATCH_SIZE = 32
-
 
 class _Atoms(NamedTuple):
     """Atoms of some structures."""
@@ -211,7 +209,7 @@ def _differences(potential: Potential, dataset: LabelDataset) -> Float[Tensor, "
     found = torch.full((len(dataset),), torch.nan, dtype=torch.float64)
     labelled = dataset.labelled(["energy"])
     rows = []
-    for graph, targets in on_device(dataset, _BATCH_SIZE, potential, labelled):
+    for graph, targets in on_device(dataset, potential, labelled):
         with torch.no_grad():
             learned = potential(graph, ("xtb_energy",)).xtb_energy
         known = targets.xtb_energy.isfinite()
@@ -231,7 +229,7 @@ def _representatives(counts: Float[Tensor, "n n_elements"]) -> list[int]:
 
 def _atoms(potential: Potential, dataset: LabelDataset, chosen: list[int]) -> _Atoms:
     features, elements = [], []
-    for graph, _ in on_device(dataset, _BATCH_SIZE, potential, chosen):
+    for graph, _ in on_device(dataset, potential, chosen):
         kinds = potential.element_index[graph.numbers]
         with torch.no_grad():
             vectors = graph.edge_vectors().to(potential.dtype)

@@ -223,13 +223,12 @@ def model_errors(
     committee: Committee,
     dataset: LabelDataset,
     properties: list[str],
-    batch_size: int = 32,
     *,
     shares: bool = False,
 ) -> dict[str, float]:
     """Return MAE and RMSE of a committee's mean: eV/atom, eV/Å, eV/Å³, e; see `ErrorSums`."""
     sums = ErrorSums(shares=shares)
-    for graph, targets in on_device(dataset, batch_size, committee.first):
+    for graph, targets in on_device(dataset, committee.first):
         sums.add(committee.first, committee(graph, properties), graph, targets)
     return sums.result()
 

@@ -100,12 +100,11 @@ class Trainer:
         self.properties = active_properties(tasks)
         reference = train.labelled(tasks.reference)
         cheap = sorted({*train.labelled(tasks.active)} - {*reference})
-        options = config.optimizer
+        n_reference, n_cheap = config.batch_sizes
         #: What the structures of a step are drawn from, and how many from each.
-        self.sources = [(reference, options.batch_size), (cheap, options.cheap_batch_size)]
+        self.sources = [(reference, n_reference), (cheap, n_cheap)]
         if not reference:
-            more = options.cheap_batch_size if self.is_process else 0
-            self.sources = [(cheap, options.batch_size + more)]
+            self.sources = [(cheap, n_reference + (n_cheap if self.is_process else 0))]
 
     def fit(self, make_potential: Callable[[], Potential]) -> Potential:
         """Train, or go on training, to the last step or an early stop; then fit a process.
@@ -154,7 +153,7 @@ class Trainer:
         fit_process(potential, self.train)
         scales = self._scales(potential, tasks)
         judged = left_out(potential, self.train) if self.valid is self.train else self.valid
-        loss, errors = evaluate(potential, judged, tasks, scales, options.batch_size)
+        loss, errors = evaluate(potential, judged, tasks, scales)
         if self.report is not None:
             steps = options.steps
             self.report({"step": steps, "valid_loss": loss, **errors, "steps": steps})
@@ -229,9 +228,7 @@ class Trainer:
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _validate(self, state: TrainState, scales: LossScales) -> None:
-        loss, errors = evaluate(
-            state.averaged, self.valid, self.tasks, scales, self.config.optimizer.batch_size
-        )
+        loss, errors = evaluate(state.averaged, self.valid, self.tasks, scales)
         if not math.isfinite(loss):
             raise CheckpointError(
                 f"the validation loss is not finite at step {state.step} ({errors}). Lower "
@@ -250,14 +247,13 @@ def evaluate(
     dataset: LabelDataset,
     tasks: TaskWeights,
     scales: LossScales,
-    batch_size: int,
 ) -> tuple[float, dict[str, float]]:
     """Return the mean loss on a data set (reference labels if there are any), and all errors."""
     judged = tasks
     if dataset.labelled(tasks.reference):
         judged = tasks.model_copy(update=dict.fromkeys(set(tasks.active) - {*tasks.reference}, 0.0))
     sums, total, weight = ErrorSums(), 0.0, 0
-    for graph, targets in on_device(dataset, batch_size, potential):
+    for graph, targets in on_device(dataset, potential):
         prediction = potential(graph, active_properties(tasks))
         loss, _ = multitask_loss(potential, prediction, graph, targets, judged, scales)
         total += float(loss.detach()) * graph.n_structures

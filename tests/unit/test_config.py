@@ -314,6 +314,25 @@ def test_charges_weigh_more_where_there_are_no_forces(
 
 
 @pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({}, (2, 4)),
+        ({"tasks": {"forces": 0}}, (8, 16)),
+        ({"tasks": {"forces": 0, "xtb_forces": 1}}, (2, 4)),
+        ({"optimizer": {"batch_size": 5}}, (5, 10)),
+        ({"optimizer": {"batch_size": 3, "cheap_batch_size": 0}}, (3, 0)),
+    ],
+)
+def test_steps_are_small_where_forces_are_learned(
+    given: dict[str, object], sizes: tuple[int, int]
+) -> None:
+    config = parse_config(TRAIN | given, TrainConfig, source="a test")
+    assert config.batch_sizes == sizes
+    again = parse_config(config.model_dump(mode="json"), TrainConfig, source="a test")
+    assert again.batch_sizes == sizes
+
+
+@pytest.mark.parametrize(
     ("given", "cheap_only", "head", "weights"),
     [
         ({}, False, "none", (0, 0)),
