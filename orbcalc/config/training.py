@@ -152,11 +152,6 @@ REFERENCE_TASKS = ("energy", "forces", "stress")
 _CHEAP_WEIGHT_WITHOUT_FORCES = 30.0
 
 
-#: Structures of a step. Forces of two tell more than energies of eight, and noisy steps generalise
-#: better: docs/architecture.md has the measurements.
-_BATCH_SIZE, _BATCH_SIZE_WITH_FORCES = 8, 2
-
-
 class TaskWeights(StrictModel):
     """Weight of each task in the loss, on errors scaled to be of order one; 0 switches it off.
 
@@ -231,6 +226,11 @@ class TaskWeights(StrictModel):
     def reference(self) -> tuple[str, ...]:
         """Those of them that are learned from reference labels."""
         return tuple(task for task in self.active if task in REFERENCE_TASKS)
+
+
+#: Structures of a step. Forces of two tell more than energies of eight, and noisy steps generalise
+#: better: docs/architecture.md has the measurements.
+_BATCH_SIZE, _BATCH_SIZE_WITH_FORCES = 8, 2
 
 
 class OptimizerConfig(StrictModel):
