@@ -13,7 +13,7 @@ from orbcalc.config import PotentialConfig, TrainConfig
 from orbcalc.errors import ConfigError
 from orbcalc.model.checkpoint import load_model
 from orbcalc.model.potential import Potential
-from orbcalc.training.dataset import LabelDataset
+from orbcalc.training.dataset import LabelDataset, on_device
 from orbcalc.training.statistics import (
     fit_reference_energies,
     fit_statistics,
@@ -28,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 #: RMS error per root of the number of atoms, in units of the energy scale, of another method.
 _FAR_OFF = 3.0
-
-#: Structures that are evaluated at a time.
-_BATCH_SIZE = 16
 
 
 def initial_potential(
@@ -159,12 +156,12 @@ def _energy_errors(potential: Potential, dataset: LabelDataset) -> Float[Tensor,
     """Return labels less predictions, eV; NaN without a label."""
     errors = torch.full((len(dataset),), torch.nan, dtype=torch.float64)
     labelled = dataset.labelled(["energy"])
-    for start in range(0, len(labelled), _BATCH_SIZE):
-        chosen = labelled[start : start + _BATCH_SIZE]
-        graph, targets = dataset.batch(chosen)
+    rows = []
+    for graph, targets in on_device(dataset, potential, labelled):
         with torch.no_grad():
-            energy = potential(graph.to(potential.element_index.device)).energy
-        errors[chosen] = targets.energy.double() - energy.cpu()
+            rows.append(targets.energy - potential(graph).energy)
+    if rows:
+        errors[labelled] = torch.cat(rows).cpu()
     return errors
 
 

@@ -56,9 +56,8 @@ def test_no_stored_label_is_computed_or_written_twice(story: Story) -> None:
     assert all(story.computed[key] == 1 for key in story.rows_at_kill)
     assert set(story.computed_undisturbed.values()) == {1}
     assert set(story.computed) == set(story.computed_undisturbed)
-    # All that is lost at the first kill: two tasks of one structure for each of the two label
-    # workers, and the one that had arrived and was not yet stored.
-    assert story.computed.total() - story.computed_undisturbed.total() <= 2 * 2 + 1
+    # What was under way in the two label workers at the first kill is all that is lost.
+    assert story.computed.total() - story.computed_undisturbed.total() <= 4
 
 
 def test_the_same_structures_are_labelled_with_the_same_values(story: Story) -> None:
