@@ -144,10 +144,12 @@ class Executor:
             while running:
                 future = self._next(completed, resources, fill, on_wait)
                 item = running.pop(future)
-                submit()
-                fill()
                 yield item, _outcome(future)
                 future.release()
+                # Only now, when the caller has kept the outcome: two tasks of each worker are all
+                # that a kill can lose, and the next item is drawn with that outcome known.
+                submit()
+                fill()
         finally:
             self.client.cancel(list(running))
 
