@@ -61,11 +61,14 @@ def orbcalc_config(model: Model, data: DataSet, recipe: Recipe, epochs: int) -> 
         del tree["reference_energies"]  # total ones; those of differences are fitted
     config = parse_config(tree, TrainConfig, source="--option")
     default = config.optimizer
-    steps = epochs * -(-len(data.train) // config.batch_sizes[0])
+    formulas = {str(atoms.symbols.formula) for atoms in data.train if len(atoms) > 1}
+    batch_size, _ = config.batch_sizes(is_varied=len(formulas) > 1)
+    steps = epochs * -(-len(data.train) // batch_size)
     tree["optimizer"] = {
         "steps": steps,
+        "batch_size": batch_size,
         "warmup_steps": min(default.warmup_steps, steps // 10),
-        "evaluate_every": max(min(default.evaluate_every, steps // VALIDATIONS), 1),
+        "evaluate_every": max(min(500, steps // VALIDATIONS), 1),
         **tree["optimizer"],
     }
     return parse_config(tree, TrainConfig, source="--option")

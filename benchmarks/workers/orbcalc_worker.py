@@ -179,7 +179,8 @@ def _saved_step(config: TrainConfig) -> int:
 def _batches(config: TrainConfig) -> int:
     """Return the number of batches of an epoch: once through the reference labels."""
     count = sum(REF_ENERGY in atoms.info for atoms in read_structures(config.train))
-    return math.ceil(count / config.batch_sizes[0])
+    assert config.optimizer.batch_size is not None
+    return math.ceil(count / config.optimizer.batch_size)
 
 
 if __name__ == "__main__":

@@ -228,9 +228,18 @@ class TaskWeights(StrictModel):
         return tuple(task for task in self.active if task in REFERENCE_TASKS)
 
 
-#: Structures of a step. Forces of two tell more than energies of eight, and noisy steps generalise
-#: better: docs/architecture.md has the measurements.
-_BATCH_SIZE, _BATCH_SIZE_WITH_FORCES = 8, 2
+#: Structures of a step. Where forces are learned, those of two tell enough if all structures are
+#: of one composition, and noisy steps then generalise better. docs/architecture.md has the
+#: measurements.
+_BATCH_SIZE, _BATCH_SIZE_OF_ONE_COMPOSITION = 8, 2
+
+#: How much more energies weigh at the end of a training. Beside forces they say what those do not:
+#: how the energies of different compositions compare.
+_LATE_ENERGY = 16.0
+
+#: Steps of a training, and passes over its structures, of which the larger number is made: few
+#: structures need steps, many need passes. docs/architecture.md has the measurements.
+STEPS, PASSES = 10_000, 20
 
 
 class OptimizerConfig(StrictModel):
@@ -245,8 +254,8 @@ class OptimizerConfig(StrictModel):
     batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="structures with reference labels in each step; default: "
-        f"{_BATCH_SIZE_WITH_FORCES} where forces are learned, otherwise {_BATCH_SIZE}",
+        description=f"structures with reference labels in each step; default: {_BATCH_SIZE}, or "
+        f"{_BATCH_SIZE_OF_ONE_COMPOSITION} where forces of a single composition are learned",
     )
     cheap_batch_size: int | None = Field(
         default=None,
@@ -260,11 +269,25 @@ class OptimizerConfig(StrictModel):
         description="(padded) edges that are evaluated at once: a larger step is taken in parts, "
         "whose gradients are added",
     )
-    steps: int = Field(default=10_000, ge=1, description="optimiser steps in all")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"optimiser steps in all; default: {STEPS:,}, or as many as show each "
+        f"structure {PASSES} times, where that is more",
+    )
+    late_energy: float | None = Field(
+        default=None,
+        gt=0,
+        description="factor of the weights of energies in the last three tenths of the steps, "
+        f"where forces are learned; default: {_LATE_ENERGY:g}, or 1 if all structures are of a "
+        "single composition",
+    )
     warmup_steps: int = Field(default=100, ge=0)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     gradient_clip: float = Field(default=10.0, gt=0)
-    evaluate_every: int = Field(default=500, ge=1, description="steps between validations")
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="steps between validations; default: a twentieth of all"
+    )
     patience: int = Field(
         default=0, ge=0, description="validations without improvement before an early stop; 0: off"
     )
@@ -349,14 +372,31 @@ class TrainConfig(StrictModel):
         tasks = tasks.model_copy(update=left_open)
         return self.model_copy(update={"potential": potential, "tasks": tasks})
 
-    @property
-    def batch_sizes(self) -> tuple[int, int]:
-        """Structures of a step: with reference labels, and with cheap ones only."""
+    def batch_sizes(self, *, is_varied: bool) -> tuple[int, int]:
+        """Return the structures of a step: with reference labels, and with cheap ones only.
+
+        Parameters
+        ----------
+        is_varied
+            Whether structures differ in composition.
+        """
         has_forces = self.tasks.forces or self.tasks.xtb_forces
         labelled, cheap = self.optimizer.batch_size, self.optimizer.cheap_batch_size
         if labelled is None:
-            labelled = _BATCH_SIZE_WITH_FORCES if has_forces else _BATCH_SIZE
+            is_uniform = has_forces and not is_varied
+            labelled = _BATCH_SIZE_OF_ONE_COMPOSITION if is_uniform else _BATCH_SIZE
         return labelled, 2 * labelled if cheap is None else cheap
+
+    def late_tasks(self, tasks: TaskWeights, *, is_varied: bool) -> TaskWeights:
+        """Return the weights at the end of a training: energies beside forces weigh more."""
+        factor = self.optimizer.late_energy or (_LATE_ENERGY if is_varied else 1.0)
+        return tasks.model_copy(
+            update={
+                energy: factor * (getattr(tasks, energy) or 0.0)
+                for energy, forces in (("energy", "forces"), ("xtb_energy", "xtb_forces"))
+                if getattr(tasks, forces)
+            }
+        )
 
     @property
     def leaves_one_out(self) -> bool:

@@ -164,6 +164,11 @@ class LabelDataset:
         rows = [torch.bincount(g.numbers, minlength=119)[self.elements] for g in self.graphs]
         return torch.stack(rows).double()
 
+    def is_varied(self, among: Sequence[int]) -> bool:
+        """Tell whether some of the structures, lone atoms aside, differ in composition."""
+        counts = self.element_counts[list(among)]
+        return len(counts[counts.sum(1) > 1].unique(dim=0)) > 1
+
     def with_elements(self, elements: Sequence[int]) -> LabelDataset:
         """Return the same structures as those of a potential that covers these elements."""
         found = copy(self)

@@ -14,6 +14,7 @@ import torch
 from ase.data import chemical_symbols
 
 from orbcalc.config import TaskWeights, TrainConfig
+from orbcalc.config.training import PASSES, STEPS
 from orbcalc.errors import CheckpointError, ConfigError, MissingLabelError
 from orbcalc.model.potential import Potential
 from orbcalc.training.dataset import LabelDataset, Targets, on_device
@@ -37,6 +38,9 @@ Report = Callable[[Mapping[str, Any]], None]
 
 #: The state is saved at validations, and at least this often.
 SAVE_EVERY_S = 30.0
+
+#: From this part of the steps on, `optimizer.late_energy` counts.
+LATE = 0.7
 
 
 class Trainer:
@@ -100,11 +104,17 @@ class Trainer:
         self.properties = active_properties(tasks)
         reference = train.labelled(tasks.reference)
         cheap = sorted({*train.labelled(tasks.active)} - {*reference})
-        n_reference, n_cheap = config.batch_sizes
+        is_varied = train.is_varied(reference or cheap)
+        self.late_tasks = config.late_tasks(tasks, is_varied=is_varied)
+        n_reference, n_cheap = config.batch_sizes(is_varied=is_varied)
         #: What the structures of a step are drawn from, and how many from each.
         self.sources = [(reference, n_reference), (cheap, n_cheap)]
         if not reference:
             self.sources = [(cheap, n_reference + (n_cheap if self.is_process else 0))]
+        one_pass = max((math.ceil(len(part) / n) for part, n in self.sources if n), default=0)
+        options = config.optimizer
+        self.steps = options.steps or max(STEPS, PASSES * one_pass)
+        self.evaluate_every = options.evaluate_every or math.ceil(self.steps / 20)
 
     def fit(self, make_potential: Callable[[], Potential]) -> Potential:
         """Train, or go on training, to the last step or an early stop; then fit a process.
@@ -132,9 +142,9 @@ class Trainer:
             state = TrainState.start(potential, options)
         scales = self._scales(state.potential, self.tasks)
         saved = time.monotonic()
-        while state.step < options.steps and not self._is_over(state):
+        while state.step < self.steps and not self._is_over(state):
             self._step(state, scales)
-            if state.step % options.evaluate_every == 0 or state.step == options.steps:
+            if state.step % self.evaluate_every == 0 or state.step == self.steps:
                 self._validate(state, scales)
             elif time.monotonic() - saved < SAVE_EVERY_S:
                 continue
@@ -146,7 +156,7 @@ class Trainer:
 
     def _with_process(self, potential: Potential) -> Potential:
         """Fit the process to the energies, if they are learned; features stay as they are."""
-        tasks, options = self.config.tasks, self.config.optimizer
+        tasks = self.config.tasks
         if not tasks.energy:
             place_process(potential, self.train)
             return potential
@@ -155,8 +165,7 @@ class Trainer:
         judged = left_out(potential, self.train) if self.valid is self.train else self.valid
         loss, errors = evaluate(potential, judged, tasks, scales)
         if self.report is not None:
-            steps = options.steps
-            self.report({"step": steps, "valid_loss": loss, **errors, "steps": steps})
+            self.report({"step": self.steps, "valid_loss": loss, **errors, "steps": self.steps})
         return potential
 
     def _scales(self, potential: Potential, tasks: TaskWeights) -> LossScales:
@@ -172,13 +181,14 @@ class Trainer:
         parts = [self.train.batch(part) for part in self.parts(self.indices(state.step))]
         whole = Targets.batch([targets for _, targets in parts])
         counts = label_counts(whole, state.potential.config)
+        tasks = self.late_tasks if state.step >= LATE * self.steps else self.tasks
         for graph, targets in parts:
             graph, targets = graph.to(self.device), targets.to(self.device)
             prediction = state.potential(graph, self.properties, create_graph=True)
             if state.potential.config.xtb_head == "baseline":
                 prediction = on_labelled_baseline(prediction, targets)
             loss, terms = multitask_loss(
-                state.potential, prediction, graph, targets, self.tasks, scales, counts
+                state.potential, prediction, graph, targets, tasks, scales, counts
             )
             if not math.isfinite(sum(terms.values())):
                 raise CheckpointError(
@@ -224,11 +234,11 @@ class Trainer:
         options = self.config.optimizer
         if step < options.warmup_steps:
             return (step + 1) / options.warmup_steps
-        progress = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
+        progress = (step - options.warmup_steps) / max(self.steps - options.warmup_steps, 1)
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _validate(self, state: TrainState, scales: LossScales) -> None:
-        loss, errors = evaluate(state.averaged, self.valid, self.tasks, scales)
+        loss, errors = evaluate(state.averaged, self.valid, self.late_tasks, scales)
         if not math.isfinite(loss):
             raise CheckpointError(
                 f"the validation loss is not finite at step {state.step} ({errors}). Lower "
@@ -239,7 +249,7 @@ class Trainer:
         state.history.append(record)
         logger.info("step %d: %s", state.step, record)
         if self.report is not None:
-            self.report({**record, "steps": self.config.optimizer.steps})
+            self.report({**record, "steps": self.steps})
 
 
 def evaluate(

@@ -314,22 +314,43 @@ def test_charges_weigh_more_where_there_are_no_forces(
 
 
 @pytest.mark.parametrize(
-    ("given", "sizes"),
+    ("given", "uniform", "varied"),
     [
-        ({}, (2, 4)),
-        ({"tasks": {"forces": 0}}, (8, 16)),
-        ({"tasks": {"forces": 0, "xtb_forces": 1}}, (2, 4)),
-        ({"optimizer": {"batch_size": 5}}, (5, 10)),
-        ({"optimizer": {"batch_size": 3, "cheap_batch_size": 0}}, (3, 0)),
+        ({}, (2, 4), (8, 16)),
+        ({"tasks": {"forces": 0}}, (8, 16), (8, 16)),
+        ({"tasks": {"forces": 0, "xtb_forces": 1}}, (2, 4), (8, 16)),
+        ({"optimizer": {"batch_size": 5}}, (5, 10), (5, 10)),
+        ({"optimizer": {"batch_size": 3, "cheap_batch_size": 0}}, (3, 0), (3, 0)),
     ],
 )
-def test_steps_are_small_where_forces_are_learned(
-    given: dict[str, object], sizes: tuple[int, int]
+def test_steps_are_small_where_forces_of_one_composition_are_learned(
+    given: dict[str, object], uniform: tuple[int, int], varied: tuple[int, int]
 ) -> None:
     config = parse_config(TRAIN | given, TrainConfig, source="a test")
-    assert config.batch_sizes == sizes
     again = parse_config(config.model_dump(mode="json"), TrainConfig, source="a test")
-    assert again.batch_sizes == sizes
+    for one in (config, again):
+        assert one.batch_sizes(is_varied=False) == uniform
+        assert one.batch_sizes(is_varied=True) == varied
+
+
+@pytest.mark.parametrize(
+    ("given", "is_varied", "factors"),
+    [
+        ({}, True, (16, 0)),
+        ({}, False, (1, 0)),
+        ({"optimizer": {"late_energy": 3}}, False, (3, 0)),
+        ({"tasks": {"xtb_energy": 2, "xtb_forces": 5}}, True, (16, 32)),
+        ({"tasks": {"forces": 0, "xtb_energy": 2}}, True, (1, 2)),
+        ({"tasks": {"energy": 0}}, True, (0, 0)),
+    ],
+)
+def test_energies_beside_forces_weigh_more_in_the_end(
+    given: dict[str, object], is_varied: bool, factors: tuple[float, float]
+) -> None:
+    config = parse_config(TRAIN | given, TrainConfig, source="a test")
+    late = config.late_tasks(config.tasks, is_varied=is_varied)
+    assert (late.energy, late.xtb_energy or 0) == factors
+    assert (late.forces, late.charges) == (config.tasks.forces, config.tasks.charges)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 from conftest import MakePotential
 
 from orbcalc.config import PotentialConfig, TrainConfig
+from orbcalc.config.training import PASSES, STEPS
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
 from orbcalc.training.dataset import LabelDataset
-from orbcalc.training.loss import LossScales
+from orbcalc.training.loss import LossScales, multitask_loss
 from orbcalc.training.state import TrainState
 from orbcalc.training.trainer import Trainer
 
@@ -104,3 +107,40 @@ def test_parts_add_up_to_the_whole_step(
         found.append([p.grad for p in state.potential.parameters() if p.grad is not None])
     assert max(float(gradient.abs().max()) for gradient in found[0]) > 1e-3
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+
+
+def test_few_structures_get_steps_and_many_get_passes(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = make_trainer(batch_size=2)
+    assert (few.steps, few.evaluate_every) == (STEPS, STEPS / 20)
+    monkeypatch.setattr("orbcalc.training.trainer.STEPS", 30)
+    for cheap_batch_size, one_pass in ((0, 2), (1, 5), (4, 2)):  # 4 structures and 5 cheap ones
+        many = make_trainer(batch_size=2, cheap_batch_size=cheap_batch_size)
+        assert many.steps == PASSES * one_pass
+        seen = [i for step in range(many.steps) for i in many.indices(step)]
+        assert min(seen.count(i) for i in set(seen)) >= PASSES
+    asked = make_trainer(steps=7)
+    assert (asked.steps, asked.evaluate_every) == (7, 1)
+
+
+def test_energies_weigh_more_in_the_last_steps(
+    make_trainer: MakeTrainer, make_potential: MakePotential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+
+    def spied(*args: Any) -> Any:
+        weights.append(args[4].energy)
+        return multitask_loss(*args)
+
+    monkeypatch.setattr("orbcalc.training.trainer.multitask_loss", spied)
+    trainer = make_trainer(steps=10, batch_size=4, cheap_batch_size=0, evaluate_every=10)
+    trainer.fit(lambda: make_potential(xtb_head="baseline").requires_grad_(True))
+    assert weights == [1.0] * 7 + [16.0] * 3 + [16.0]  # and of the validation
+
+
+def test_lone_atoms_do_not_make_a_set_varied() -> None:
+    waters = [molecule("H2O"), molecule("H2O"), Atoms("H"), Atoms("O")]
+    assert not LabelDataset(waters, 4.0).is_varied(range(4))
+    assert LabelDataset([*waters, molecule("H2O2")], 4.0).is_varied(range(5))
+    assert not LabelDataset([*waters, molecule("H2O2")], 4.0).is_varied(range(4))
