@@ -53,6 +53,7 @@ def test_labelled_lone_atoms_are_reference_energies() -> None:
 
 
 def test_an_element_without_energies_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     dataset = LabelDataset([additive("H2O"), additive("H2"), molecule("NH3")], 4.0)
     assert fit_statistics(dataset, CONFIG).told.tolist() == [True, False, True]
     assert "no structure with an energy label has N:" in caplog.text
