@@ -230,8 +230,8 @@ class TaskWeights(StrictModel):
 
 #: Structures of a step. Where forces are learned, those of two tell enough if all structures are
 #: of one composition, and noisy steps then generalise better. docs/architecture.md has the
-#: measurements.
-_BATCH_SIZE, _BATCH_SIZE_OF_ONE_COMPOSITION = 8, 2
+#: measurements. Large structures tell more each.
+_BATCH_SIZE, _BATCH_SIZE_OF_ONE_COMPOSITION, _BATCH_ATOMS = 8, 2, 256
 
 #: How much more energies weigh at the end of a training. Beside forces they say what those do not:
 #: how the energies of different compositions compare.
@@ -254,8 +254,9 @@ class OptimizerConfig(StrictModel):
     batch_size: int | None = Field(
         default=None,
         ge=1,
-        description=f"structures with reference labels in each step; default: {_BATCH_SIZE}, or "
-        f"{_BATCH_SIZE_OF_ONE_COMPOSITION} where forces of a single composition are learned",
+        description=f"structures with reference labels in each step; default: {_BATCH_SIZE}; "
+        f"where forces are learned, {_BATCH_SIZE_OF_ONE_COMPOSITION} of a single composition, and "
+        f"no more atoms than {_BATCH_ATOMS} on average",
     )
     cheap_batch_size: int | None = Field(
         default=None,
@@ -372,19 +373,23 @@ class TrainConfig(StrictModel):
         tasks = tasks.model_copy(update=left_open)
         return self.model_copy(update={"potential": potential, "tasks": tasks})
 
-    def batch_sizes(self, *, is_varied: bool) -> tuple[int, int]:
+    def batch_sizes(self, *, is_varied: bool, n_atoms: float) -> tuple[int, int]:
         """Return the structures of a step: with reference labels, and with cheap ones only.
 
         Parameters
         ----------
         is_varied
             Whether structures differ in composition.
+        n_atoms
+            Of a structure, on average.
         """
-        has_forces = self.tasks.forces or self.tasks.xtb_forces
         labelled, cheap = self.optimizer.batch_size, self.optimizer.cheap_batch_size
         if labelled is None:
-            is_uniform = has_forces and not is_varied
-            labelled = _BATCH_SIZE_OF_ONE_COMPOSITION if is_uniform else _BATCH_SIZE
+            labelled = _BATCH_SIZE
+            if self.tasks.forces or self.tasks.xtb_forces:
+                most = _BATCH_SIZE if is_varied else _BATCH_SIZE_OF_ONE_COMPOSITION
+                few = int(_BATCH_ATOMS / n_atoms)
+                labelled = min(most, max(few, _BATCH_SIZE_OF_ONE_COMPOSITION))
         return labelled, 2 * labelled if cheap is None else cheap
 
     def late_tasks(self, tasks: TaskWeights, *, is_varied: bool) -> TaskWeights:

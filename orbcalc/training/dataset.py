@@ -169,6 +169,10 @@ class LabelDataset:
         counts = self.element_counts[list(among)]
         return len(counts[counts.sum(1) > 1].unique(dim=0)) > 1
 
+    def mean_n_atoms(self, among: Sequence[int]) -> float:
+        """Return the atoms of a structure, on average."""
+        return float(self.element_counts[list(among)].sum(1).mean())
+
     def with_elements(self, elements: Sequence[int]) -> LabelDataset:
         """Return the same structures as those of a potential that covers these elements."""
         found = copy(self)

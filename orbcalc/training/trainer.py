@@ -104,9 +104,10 @@ class Trainer:
         self.properties = active_properties(tasks)
         reference = train.labelled(tasks.reference)
         cheap = sorted({*train.labelled(tasks.active)} - {*reference})
-        is_varied = train.is_varied(reference or cheap)
+        drawn = reference or cheap
+        is_varied, n_atoms = train.is_varied(drawn), train.mean_n_atoms(drawn)
         self.late_tasks = config.late_tasks(tasks, is_varied=is_varied)
-        n_reference, n_cheap = config.batch_sizes(is_varied=is_varied)
+        n_reference, n_cheap = config.batch_sizes(is_varied=is_varied, n_atoms=n_atoms)
         #: What the structures of a step are drawn from, and how many from each.
         self.sources = [(reference, n_reference), (cheap, n_cheap)]
         if not reference:

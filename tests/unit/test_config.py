@@ -329,8 +329,17 @@ def test_steps_are_small_where_forces_of_one_composition_are_learned(
     config = parse_config(TRAIN | given, TrainConfig, source="a test")
     again = parse_config(config.model_dump(mode="json"), TrainConfig, source="a test")
     for one in (config, again):
-        assert one.batch_sizes(is_varied=False) == uniform
-        assert one.batch_sizes(is_varied=True) == varied
+        assert one.batch_sizes(is_varied=False, n_atoms=20.0) == uniform
+        assert one.batch_sizes(is_varied=True, n_atoms=20.0) == varied
+
+
+@pytest.mark.parametrize(("n_atoms", "size"), [(32.0, 8), (60.0, 4), (500.0, 2)])
+def test_a_step_has_fewer_structures_if_they_are_large(n_atoms: float, size: int) -> None:
+    config = parse_config(TRAIN, TrainConfig, source="a test")
+    assert config.batch_sizes(is_varied=True, n_atoms=n_atoms) == (size, 2 * size)
+    assert config.batch_sizes(is_varied=False, n_atoms=n_atoms) == (2, 4)
+    energies = parse_config(TRAIN | {"tasks": {"forces": 0}}, TrainConfig, source="a test")
+    assert energies.batch_sizes(is_varied=True, n_atoms=n_atoms) == (8, 16)
 
 
 @pytest.mark.parametrize(
