@@ -231,7 +231,7 @@ class TaskWeights(StrictModel):
 #: Structures of a step. Where forces are learned, those of two tell enough if all structures are
 #: of one composition, and noisy steps then generalise better. docs/architecture.md has the
 #: measurements. Large structures tell more each.
-_BATCH_SIZE, _BATCH_SIZE_OF_ONE_COMPOSITION, _BATCH_ATOMS = 8, 2, 256
+_BATCH_SIZE, _BATCH_SIZE_OF_ONE_COMPOSITION, _BATCH_ATOMS = 8, 2, 512
 
 #: How much more energies weigh at the end of a training. Beside forces they say what those do not:
 #: how the energies of different compositions compare.

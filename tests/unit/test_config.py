@@ -333,7 +333,7 @@ def test_steps_are_small_where_forces_of_one_composition_are_learned(
         assert one.batch_sizes(is_varied=True, n_atoms=20.0) == varied
 
 
-@pytest.mark.parametrize(("n_atoms", "size"), [(32.0, 8), (60.0, 4), (500.0, 2)])
+@pytest.mark.parametrize(("n_atoms", "size"), [(64.0, 8), (120.0, 4), (500.0, 2)])
 def test_a_step_has_fewer_structures_if_they_are_large(n_atoms: float, size: int) -> None:
     config = parse_config(TRAIN, TrainConfig, source="a test")
     assert config.batch_sizes(is_varied=True, n_atoms=n_atoms) == (size, 2 * size)
