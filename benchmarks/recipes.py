@@ -61,7 +61,7 @@ def orbcalc_config(model: Model, data: DataSet, recipe: Recipe, epochs: int) -> 
         del tree["reference_energies"]  # total ones; those of differences are fitted
     config = parse_config(tree, TrainConfig, source="--option")
     default = config.optimizer
-    formulas = {str(atoms.symbols.formula) for atoms in data.train if len(atoms) > 1}
+    formulas = {atoms.get_chemical_formula() for atoms in data.train if len(atoms) > 1}
     n_atoms = sum(map(len, data.train)) / len(data.train)
     batch_size, _ = config.batch_sizes(is_varied=len(formulas) > 1, n_atoms=n_atoms)
     steps = epochs * -(-len(data.train) // batch_size)
