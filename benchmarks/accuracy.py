@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from common import Worker, machine, start
-from datasets import DataSet, load_set
+from datasets import SPLIT_SEED, DataSet, load_set
 from models import Model, parse_model
 from recipes import Recipe, mace_arguments, orbcalc_config
 from rich.console import Console
@@ -47,6 +48,9 @@ def main() -> None:
     """Read the command line, train and test."""
     options = _options()
     model, data = parse_model(options.model), load_set(options.data, options.set)
+    if options.structures:  # the division is at random, the order is not
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(data.train))
+        data = replace(data, train=[data.train[i] for i in sorted(order[: options.structures])])
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("train", "valid", "test"):
         _write_once(options.out / f"{name}.extxyz", [_bare(a) for a in getattr(data, name)])
@@ -69,13 +73,14 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the sets")
-    parser.add_argument("--set", required=True, help="acac, 3bpa, mlearn-Cu, mlearn-Mo, ...")
+    parser.add_argument("--set", required=True, help="acac, 3bpa, mlearn-Cu, FILE.extxyz, ...")
     parser.add_argument("--model", required=True, help="orbcalc:medium, mace:128x0e, ...")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--minutes", type=float, required=True, help="of training in this call")
     parser.add_argument(
         "--epochs", type=int, help="of the whole training; default: what the minutes allow"
     )
+    parser.add_argument("--structures", type=int, help="to train on, at random; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -159,6 +164,7 @@ def _plan(options: argparse.Namespace, model: Model, data: DataSet) -> dict[str,
     given = {
         "model": model.name,
         "set": data.name,
+        "structures": {n: len(getattr(data, n)) for n in ("train", "valid", "test")},
         "seed": options.seed,
         "charges": options.charges and model.package == "orbcalc",
         "pool": str(options.pool) if options.pool else None,
@@ -180,7 +186,6 @@ def _plan(options: argparse.Namespace, model: Model, data: DataSet) -> dict[str,
     plan = {
         **given,
         "split": data.split,
-        "structures": {n: len(getattr(data, n)) for n in ("train", "valid", "test")},
         "epochs_planned": epochs,
         "seconds_per_epoch_measured": measured,
         "settings": _settings(options, model, data, epochs),

@@ -11,7 +11,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 
-__all__ = ["DataSet", "load_set"]
+__all__ = ["SPLIT_SEED", "DataSet", "load_set"]
 
 #: Of every random division, whatever the seed of a training: all models see the same structures.
 SPLIT_SEED = 1
@@ -37,15 +37,21 @@ def load_set(folder: Path, name: str) -> DataSet:
     Parameters
     ----------
     folder
-        With the files ``acac_*``, ``3bpa_*`` and ``mlearn.extxyz.gz``.
+        With the files ``acac_*``, ``3bpa_*`` and ``mlearn.extxyz.gz``, or a file of one's own.
     name
-        "acac", "3bpa", or "mlearn-X" with an element X.
+        "acac", "3bpa", "mlearn-X" with an element X, or the name of an extxyz file.
 
     Raises
     ------
     ValueError
         If there is no such set.
     """
+    if name.endswith(".extxyz"):
+        known, test = _divide_tenth(list(ase.io.iread(folder / name, ":")))
+        train, valid = _divide_tenth(known)
+        split = f"{name}, 10 % at random for the test, 10 % of the others held out"
+        name = name.removesuffix(".extxyz")
+        return DataSet(name, train, valid, test, f"{split} (seed {SPLIT_SEED})", None)
     if name == "acac":
         known = _read(folder, "acac_train_300K")
         train, valid = _divide(known, round(0.95 * len(known)))
@@ -69,7 +75,7 @@ def load_set(folder: Path, name: str) -> DataSet:
         )
     if name.startswith("mlearn-"):
         return _load_mlearn(folder, name)
-    raise ValueError(f"there is no set {name!r}: give acac, 3bpa or mlearn-X, X an element")
+    raise ValueError(f"no set {name!r}: give acac, 3bpa, mlearn-X, X an element, or FILE.extxyz")
 
 
 def _load_mlearn(folder: Path, name: str) -> DataSet:
@@ -81,12 +87,12 @@ def _load_mlearn(folder: Path, name: str) -> DataSet:
     test = [atoms for atoms in own if atoms.info["split"] == "test"]
     split = f"mlearn, {element}, its own test set; 10 % of the others held out (seed {SPLIT_SEED})"
     if not test:
-        known, test = _divide(known, round(0.9 * len(known)))
+        known, test = _divide_tenth(known)
         split = (
             f"mlearn, {element}, which has no test set: 10 % at random, "
             f"and 10 % of the others held out (seed {SPLIT_SEED})"
         )
-    train, valid = _divide(known, round(0.9 * len(known)))
+    train, valid = _divide_tenth(known)
     return DataSet(name, train, valid, test, split, None)
 
 
@@ -98,6 +104,12 @@ def _read(folder: Path, name: str) -> list[Atoms]:
 def _divide(structures: Sequence[Atoms], *ends: int) -> list[list[Atoms]]:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(structures))
     return [[structures[i] for i in sorted(part)] for part in np.split(order, ends)]
+
+
+def _divide_tenth(structures: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
+    """Return nine tenths of the structures, and a tenth."""
+    most, tenth = _divide(structures, round(0.9 * len(structures)))
+    return most, tenth
 
 
 def _atom_energies(folder: Path, name: str) -> dict[str, float]:

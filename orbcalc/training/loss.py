@@ -29,6 +29,10 @@ __all__ = [
 #: Å; docs/architecture.md shows what weights of the energy of this size do to force errors.
 ENERGY_LENGTH = 0.1
 
+#: Scaled error from which on errors count by their size, not by their square, where forces are
+#: learned: docs/architecture.md has the measurements. Where energies alone are, it gains nothing.
+_KNEE = 0.01
+
 #: eV/Å: what is smaller in the label and in the prediction is zero by symmetry.
 _NO_FORCE = 1e-4
 
@@ -42,6 +46,8 @@ class LossScales:
     energy is what they do over `ENERGY_LENGTH`. Its spread is no measure there: energies of one
     molecule in motion differ so little that their noisy gradient would drown the forces, those
     of unlike cells so much that nothing would be learned from them.
+
+    `knee` is the scaled error from which on errors count by their size, not by their square.
     """
 
     def __init__(
@@ -70,10 +76,11 @@ class LossScales:
             self.forces = _spread_above(joined("forces"), joined("xtb_forces"))
         self.xtb_energy = _spread(xtb_energies, centred=True)
         self.xtb_forces = _spread(joined("xtb_forces"))
+        self.knee = 1.0
         if "forces" in tasks.active and torch.isfinite(joined("forces")).any():
-            self.energy = _beside_forces(self.energy, self.forces)
+            self.energy, self.knee = _beside_forces(self.energy, self.forces), _KNEE
         if "xtb_forces" in tasks.active and torch.isfinite(joined("xtb_forces")).any():
-            self.xtb_energy = _beside_forces(self.xtb_energy, self.xtb_forces)
+            self.xtb_energy, self.knee = _beside_forces(self.xtb_energy, self.xtb_forces), _KNEE
         self.stress = _spread(joined("stress"))
 
 
@@ -126,8 +133,10 @@ def multitask_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the weighted loss of a batch, and the loss of each task.
 
-    Each task is the mean of ``sqrt(1 + x²) - 1`` over the labels that are there, x being the
-    scaled error: quadratic near zero, linear for outliers. A task without labels in this batch
+    Each task is the sum of ``sqrt(knee² + |x|²) - knee`` over structures or atoms by the number of
+    labels that are there, x being the scaled error: the energy's, or the vector of those of a
+    force, a stress or the charges of an atom, so that it does not depend on the frame. It is
+    quadratic near zero, and linear beyond the knee. A task without labels in this batch
     contributes nothing. Where the batch is a part of a larger one, `counts` are the labels of
     the whole (`label_counts`), so that the losses of its parts add up.
     """
@@ -145,7 +154,7 @@ def multitask_loss(
             output, wanted = _charges(potential, prediction, elements, targets)
             scale = potential.charge_head.get_buffer("scale")[elements]
         count = None if counts is None else counts[task]
-        terms[task] = _mean_error(output, wanted.to(output.dtype), scale, count)
+        terms[task] = _mean_error(output, wanted.to(output.dtype), scale, scales.knee, count)
     weights = {task: getattr(tasks, task) for task in terms}
     loss = sum(weight * terms[task].double() for task, weight in weights.items())
     loss = torch.as_tensor(loss) / sum(weights.values())
@@ -245,12 +254,14 @@ def _charges(
 
 
 def _mean_error(
-    output: Tensor, targets: Tensor, scale: Tensor | float, count: int | None
+    output: Tensor, targets: Tensor, scale: Tensor | float, knee: float, count: int | None
 ) -> Tensor:
     labelled = torch.isfinite(targets)
     # Select, do not multiply by zero: NaN times zero is NaN in the gradient.
-    scaled = ((output - targets) / scale)[labelled]
-    return (torch.sqrt(1 + scaled**2) - 1).sum() / max(len(scaled) if count is None else count, 1)
+    scaled = torch.where(labelled, (output - targets) / scale, 0.0)
+    squares = scaled.square().flatten(1).sum(1) if scaled.dim() > 1 else scaled.square()
+    number = int(labelled.sum()) if count is None else count
+    return ((knee**2 + squares).sqrt() - knee).sum() / max(number, 1)
 
 
 def _spread_above(values: Tensor, baseline: Tensor, *, centred: bool = False) -> float:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ase import Atoms
 from conftest import MakePotential
+from scipy.spatial.transform import Rotation
 
 from orbcalc.config import TaskWeights
 from orbcalc.model.committee import CommitteePrediction
@@ -93,22 +94,46 @@ def test_a_task_without_labels_in_the_batch_contributes_nothing(
     assert float(loss.detach()) == 0.0
 
 
-def test_the_loss_is_quadratic_near_zero_and_linear_far_away(
-    labelled: list[Atoms], potential: Potential
+@pytest.mark.parametrize(("learns_forces", "knee"), [(False, 1.0), (True, 0.01)])
+def test_the_loss_is_quadratic_below_the_knee_and_linear_above_it(
+    labelled: list[Atoms], potential: Potential, learns_forces: bool, knee: float
 ) -> None:
+    """Beside forces nearly all errors count by their size."""
     dataset = LabelDataset(labelled[:1], potential.config.cutoff)
     graph, targets = dataset.batch([0])
-    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
+    tasks = TaskWeights(forces=float(learns_forces), charges=0)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, tasks)
+    assert scales.knee == knee
     scales.energy = 0.5
-    tasks = TaskWeights(forces=0, charges=0)
 
     def loss(error_per_atom: float) -> float:
         prediction = Prediction(targets.energy + error_per_atom * graph.n_atoms)
         return float(multitask_loss(potential, prediction, graph, targets, tasks, scales)[0])
 
     assert loss(0.0) == 0.0
-    assert loss(0.005) == pytest.approx(0.5 * 0.01**2, rel=1e-3)
+    assert loss(0.005 * knee) == pytest.approx(0.5 * 0.01**2 * knee, rel=1e-3)
     assert loss(500.0) == pytest.approx(1000.0, rel=2e-3)
+
+
+def test_the_loss_of_forces_does_not_depend_on_the_frame(
+    labelled: list[Atoms], potential: Potential
+) -> None:
+    dataset = LabelDataset(labelled, potential.config.cutoff)
+    graph, targets = dataset.batch(range(len(dataset)))
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
+    tasks = TaskWeights(energy=0, forces=1, charges=0)
+    rng = np.random.default_rng(1)
+    error = torch.from_numpy(rng.normal(size=targets.forces.shape))
+    turn = torch.from_numpy(Rotation.from_euler("xyz", [0.3, 1.1, -2.0]).as_matrix())
+
+    def loss(error: torch.Tensor) -> float:
+        prediction = Prediction(targets.energy, forces=targets.forces + error)
+        return float(multitask_loss(potential, prediction, graph, targets, tasks, scales)[0])
+
+    assert loss(error @ turn.T) == pytest.approx(loss(error), rel=1e-12)
+    norms = error.norm(dim=1) / scales.forces
+    expected = ((1e-4 + norms**2).sqrt() - 0.01).sum() / error.numel()
+    assert loss(error) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_only_the_ratio_of_weights_counts(parts: tuple[LabelDataset, Potential]) -> None:
