@@ -29,8 +29,9 @@ __all__ = [
 #: Å; docs/architecture.md shows what weights of the energy of this size do to force errors.
 ENERGY_LENGTH = 0.1
 
-#: Scaled error from which on errors count by their size, not by their square, where forces are
-#: learned: docs/architecture.md has the measurements. Where energies alone are, it gains nothing.
+#: Scaled error from which on errors count by their size, not by their square, where forces of a
+#: single composition are learned. docs/architecture.md has the measurements: energies alone gain
+#: nothing by it, and forces of unlike crystals become worse.
 _KNEE = 0.01
 
 #: eV/Å: what is smaller in the label and in the prediction is zero by symmetry.
@@ -47,7 +48,8 @@ class LossScales:
     molecule in motion differ so little that their noisy gradient would drown the forces, those
     of unlike cells so much that nothing would be learned from them.
 
-    `knee` is the scaled error from which on errors count by their size, not by their square.
+    `knee` is the scaled error from which on errors count by their size, not by their square;
+    `is_varied` tells whether structures differ in composition.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class LossScales:
         graphs: list[AtomGraph],
         targets: list[Targets],
         tasks: TaskWeights,
+        *,
+        is_varied: bool = True,
     ):
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(target, name).flatten() for target in targets])
@@ -76,11 +80,13 @@ class LossScales:
             self.forces = _spread_above(joined("forces"), joined("xtb_forces"))
         self.xtb_energy = _spread(xtb_energies, centred=True)
         self.xtb_forces = _spread(joined("xtb_forces"))
+        beside_forces = 1.0 if is_varied else _KNEE
         self.knee = 1.0
         if "forces" in tasks.active and torch.isfinite(joined("forces")).any():
-            self.energy, self.knee = _beside_forces(self.energy, self.forces), _KNEE
+            self.energy, self.knee = _beside_forces(self.energy, self.forces), beside_forces
         if "xtb_forces" in tasks.active and torch.isfinite(joined("xtb_forces")).any():
-            self.xtb_energy, self.knee = _beside_forces(self.xtb_energy, self.xtb_forces), _KNEE
+            self.xtb_energy = _beside_forces(self.xtb_energy, self.xtb_forces)
+            self.knee = beside_forces
         self.stress = _spread(joined("stress"))
 
 

@@ -105,9 +105,9 @@ class Trainer:
         reference = train.labelled(tasks.reference)
         cheap = sorted({*train.labelled(tasks.active)} - {*reference})
         drawn = reference or cheap
-        is_varied, n_atoms = train.is_varied(drawn), train.mean_n_atoms(drawn)
-        self.late_tasks = config.late_tasks(tasks, is_varied=is_varied)
-        n_reference, n_cheap = config.batch_sizes(is_varied=is_varied, n_atoms=n_atoms)
+        self.is_varied, n_atoms = train.is_varied(drawn), train.mean_n_atoms(drawn)
+        self.late_tasks = config.late_tasks(tasks, is_varied=self.is_varied)
+        n_reference, n_cheap = config.batch_sizes(is_varied=self.is_varied, n_atoms=n_atoms)
         #: What the structures of a step are drawn from, and how many from each.
         self.sources = [(reference, n_reference), (cheap, n_cheap)]
         if not reference:
@@ -170,7 +170,8 @@ class Trainer:
         return potential
 
     def _scales(self, potential: Potential, tasks: TaskWeights) -> LossScales:
-        return LossScales(potential, self.train.graphs, self.train.targets, tasks)
+        known = self.train
+        return LossScales(potential, known.graphs, known.targets, tasks, is_varied=self.is_varied)
 
     def _is_over(self, state: TrainState) -> bool:
         patience = self.config.optimizer.patience

@@ -94,15 +94,18 @@ def test_a_task_without_labels_in_the_batch_contributes_nothing(
     assert float(loss.detach()) == 0.0
 
 
-@pytest.mark.parametrize(("learns_forces", "knee"), [(False, 1.0), (True, 0.01)])
+@pytest.mark.parametrize(
+    ("learns_forces", "is_varied", "knee"),
+    [(False, False, 1.0), (True, False, 0.01), (True, True, 1.0)],
+)
 def test_the_loss_is_quadratic_below_the_knee_and_linear_above_it(
-    labelled: list[Atoms], potential: Potential, learns_forces: bool, knee: float
+    labelled: list[Atoms], potential: Potential, learns_forces: bool, is_varied: bool, knee: float
 ) -> None:
-    """Beside forces nearly all errors count by their size."""
+    """Beside forces of one composition nearly all errors count by their size."""
     dataset = LabelDataset(labelled[:1], potential.config.cutoff)
     graph, targets = dataset.batch([0])
     tasks = TaskWeights(forces=float(learns_forces), charges=0)
-    scales = LossScales(potential, dataset.graphs, dataset.targets, tasks)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, tasks, is_varied=is_varied)
     assert scales.knee == knee
     scales.energy = 0.5
 
@@ -120,7 +123,7 @@ def test_the_loss_of_forces_does_not_depend_on_the_frame(
 ) -> None:
     dataset = LabelDataset(labelled, potential.config.cutoff)
     graph, targets = dataset.batch(range(len(dataset)))
-    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS)
+    scales = LossScales(potential, dataset.graphs, dataset.targets, TASKS, is_varied=False)
     tasks = TaskWeights(energy=0, forces=1, charges=0)
     rng = np.random.default_rng(1)
     error = torch.from_numpy(rng.normal(size=targets.forces.shape))

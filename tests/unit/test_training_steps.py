@@ -13,6 +13,7 @@ from conftest import MakePotential
 
 from orbcalc.config import PotentialConfig, TrainConfig
 from orbcalc.config.training import PASSES, STEPS
+from orbcalc.model.potential import Potential
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_STRESS
 from orbcalc.training.dataset import LabelDataset
 from orbcalc.training.loss import LossScales, multitask_loss
@@ -144,3 +145,17 @@ def test_lone_atoms_do_not_make_a_set_varied() -> None:
     assert not LabelDataset(waters, 4.0).is_varied(range(4))
     assert LabelDataset([*waters, molecule("H2O2")], 4.0).is_varied(range(5))
     assert not LabelDataset([*waters, molecule("H2O2")], 4.0).is_varied(range(4))
+
+
+@pytest.mark.parametrize(("is_varied", "knee"), [(True, 1.0), (False, 0.01)])
+def test_errors_count_by_their_size_beside_forces_of_one_composition(
+    make_trainer: MakeTrainer,
+    potential: Potential,
+    monkeypatch: pytest.MonkeyPatch,
+    is_varied: bool,
+    knee: float,
+) -> None:
+    assert make_trainer().is_varied
+    monkeypatch.setattr(LabelDataset, "is_varied", lambda *_: is_varied)
+    trainer = make_trainer()
+    assert trainer._scales(potential, trainer.tasks).knee == knee
