@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from common import Worker, machine, start
-from datasets import SPLIT_SEED, DataSet, load_set
+from datasets import DataSet, load_set
 from models import Model, parse_model
 from recipes import Recipe, mace_arguments, orbcalc_config
 from rich.console import Console
@@ -48,9 +47,8 @@ def main() -> None:
     """Read the command line, train and test."""
     options = _options()
     model, data = parse_model(options.model), load_set(options.data, options.set)
-    if options.structures:  # the division is at random, the order is not
-        order = np.random.default_rng(SPLIT_SEED).permutation(len(data.train))
-        data = replace(data, train=[data.train[i] for i in sorted(order[: options.structures])])
+    if options.structures:
+        data = data.trained_on(options.structures)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("train", "valid", "test"):
         _write_once(options.out / f"{name}.extxyz", [_bare(a) for a in getattr(data, name)])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ase.io
 import numpy as np
 from ase import Atoms
 
-__all__ = ["SPLIT_SEED", "DataSet", "load_set"]
+__all__ = ["DataSet", "load_set"]
 
 #: Of every random division, whatever the seed of a training: all models see the same structures.
 SPLIT_SEED = 1
@@ -29,6 +29,10 @@ class DataSet:
     """How it was divided, in words."""
     atom_energies: dict[str, float] | None
     """Energy of each isolated atom, eV, where the source has them."""
+
+    def trained_on(self, n_structures: int) -> DataSet:
+        """Return the same with at most so many structures to train on, at random."""
+        return replace(self, train=_divide(self.train, n_structures)[0])
 
 
 def load_set(folder: Path, name: str) -> DataSet:

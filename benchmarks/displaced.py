@@ -11,6 +11,7 @@ from pathlib import Path
 import ase.io
 import numpy as np
 from ase import Atoms
+from data_efficiency.sets import QM9
 
 
 def main() -> None:
@@ -25,14 +26,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    with np.load(options.data / "qm9_b3lyp.npz") as file:
-        n_atoms, numbers, positions = (file[key] for key in ("n_atoms", "Z", "R"))
-    starts = np.concatenate([[0], np.cumsum(n_atoms)])
-    displaced = []
-    for index in rng.permutation(len(n_atoms))[: options.molecules]:
-        own = slice(starts[index], starts[index + 1])
-        moves = rng.normal(scale=options.displacement, size=(n_atoms[index], 3))
-        displaced.append(Atoms(numbers[own].astype(int), positions[own] + moves))
+    molecules, displaced = QM9(options.data / "qm9_b3lyp.npz"), []
+    for index in rng.permutation(len(molecules))[: options.molecules]:
+        atoms = molecules[index]
+        moves = rng.normal(scale=options.displacement, size=(len(atoms), 3))
+        displaced.append(Atoms(atoms.numbers, atoms.positions + moves))
     ase.io.write(options.out, displaced, format="extxyz")
 
 

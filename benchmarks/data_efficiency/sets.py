@@ -22,6 +22,7 @@ from orbcalc.properties import REF_ENERGY
 __all__ = [
     "DFT_CHARGES",
     "DRAWS",
+    "QM9",
     "SETS",
     "WITH_DFT_CHARGES",
     "DataSet",
@@ -168,27 +169,44 @@ def barrier_pairs(structures: Sequence[Atoms]) -> list[tuple[int, int]]:
     return [(s["reactant"], s["ts"]) for s in states.values() if {"reactant", "ts"} <= s.keys()]
 
 
+class QM9:
+    """All molecules of QM9, in the order of the file, each made when it is asked for.
+
+    Parameters
+    ----------
+    path
+        ``qm9_b3lyp.npz``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        names = ("n_atoms", "Z", "R", "q_mulliken", "E_elec_hartree")
+        with np.load(path) as file:
+            self.n_atoms, self._numbers, self._positions, self._charges, self._energies = (
+                file[name] for name in names
+            )
+        self._starts = np.concatenate([[0], np.cumsum(self.n_atoms)])
+
+    def __len__(self) -> int:
+        """Return the number of molecules."""
+        return len(self.n_atoms)
+
+    def __getitem__(self, index: int) -> Atoms:
+        """Return a molecule with its B3LYP energy and Mulliken charges."""
+        own = slice(self._starts[index], self._starts[index + 1])
+        atoms = Atoms(self._numbers[own].astype(int), self._positions[own].astype(float))
+        atoms.info[REF_ENERGY] = float(self._energies[index] * Hartree)
+        atoms.arrays[DFT_CHARGES] = self._charges[own].astype(float)
+        return atoms
+
+
 def _load_qm9(path: Path, limits: Limits) -> DataSet:
-    with np.load(path) as file:
-        arrays = {key: file[key] for key in ("n_atoms", "Z", "R", "q_mulliken", "E_elec_hartree")}
-    n_atoms = arrays["n_atoms"]
-    starts = np.concatenate([[0], np.cumsum(n_atoms)])
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(n_atoms))
+    molecules = QM9(path)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(molecules))
     if limits.max_atoms is not None:
-        order = order[n_atoms[order] <= limits.max_atoms]
+        order = order[molecules.n_atoms[order] <= limits.max_atoms]
     n_valid = max(50, limits.pool // 10)
     ends = np.cumsum([limits.test, n_valid, limits.pool])
-    parts = []
-    for indices in np.split(order, ends)[:3]:
-        part = []
-        for index in indices:
-            own = slice(starts[index], starts[index + 1])
-            atoms = Atoms(arrays["Z"][own].astype(int), arrays["R"][own].astype(float))
-            atoms.info[REF_ENERGY] = float(arrays["E_elec_hartree"][index] * Hartree)
-            atoms.arrays[DFT_CHARGES] = arrays["q_mulliken"][own].astype(float)
-            part.append(atoms)
-        parts.append(part)
-    test, valid, pool = parts
+    test, valid, pool = ([molecules[i] for i in part] for part in np.split(order, ends)[:3])
     return DataSet("qm9", pool, valid, test, "at random by molecule")
 
 
