@@ -7,12 +7,9 @@ at all. A metal atom of other complexes is embedded by the scalars of the last l
 from __future__ import annotations
 
 import argparse
-import gzip
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
@@ -20,6 +17,7 @@ from ase.data import chemical_symbols
 from labelling import add_labels
 from rich.console import Console
 from scipy.spatial import cKDTree
+from sets import read_tmqm
 
 from orbcalc.config import TrainConfig, parse_config
 from orbcalc.files import replace_file, write_json
@@ -78,14 +76,9 @@ def _options() -> argparse.Namespace:
 # -------------------------------------------------------------------------- structures
 def _complexes(options: argparse.Namespace) -> list[Atoms]:
     """Read tmQM complexes with one metal, and label them."""
-    with gzip.open(options.data / "tmqm_geometries_le40.extxyz.gz", "rt") as file:
-        text = StringIO(file.read())
-    structures = list(ase.io.iread(text, ":", format="extxyz"))
-    structures = [atoms for atoms in structures if len(_metals(atoms)) == 1]
+    structures = [atoms for atoms in read_tmqm(options.data) if len(_metals(atoms)) == 1]
     order = np.random.default_rng(options.seed).permutation(len(structures))
     chosen = [structures[i] for i in order[: options.complexes]]
-    for atoms in chosen:
-        atoms.calc = None
     labels = add_labels(chosen, options.out / "tmqm.db", options.threads)
     console.print(f"{len(chosen)} complexes of tmQM, {labels.failed} labels failed")
     known = [atoms for atoms in chosen if XTB_BLOCKS in atoms.arrays]

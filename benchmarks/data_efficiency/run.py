@@ -45,8 +45,12 @@ def main() -> None:
         return
     settings = _settings(options)
     runs = _runs(options)
-    if options.draw == "informative" and not all(ARMS[run.arm].is_process for run in runs):
-        raise SystemExit("--draw informative needs the features of arm 13: give --arms 13")
+    for option, is_given in (
+        ("--draw informative", options.draw == "informative"),
+        ("--start", options.start is not None),
+    ):
+        if is_given and not all(ARMS[run.arm].is_process for run in runs):
+            raise SystemExit(f"{option} needs the features of arm 13: give --arms 13")
     if options.plan:
         _print_plan(runs, options.out, settings)
         return
@@ -105,6 +109,9 @@ def _options() -> argparse.Namespace:
         type=Path,
         help="folder of what arm 13 learns before all energies; default: features in --out",
     )
+    parser.add_argument(
+        "--start", help="model of pretrain.py, whose features arm 13 trains on; default: none"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes that train")
@@ -135,6 +142,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         learning_rate=options.learning_rate,
         draw=options.draw,
         device=options.device,
+        start=options.start,
     )
     given = {"set": options.set, **asdict(settings), **asdict(_limits(options))}
     path = options.out / "settings.json"

@@ -29,6 +29,7 @@ __all__ = [
     "Limits",
     "barrier_pairs",
     "load_set",
+    "read_tmqm",
 ]
 
 #: Per-atom array with the charges of the expensive method, e.
@@ -157,6 +158,17 @@ def load_set(folder: Path, name: str, limits: Limits) -> DataSet:
         f"at random by {kind}: 20 % test, 10 % validation, the others are the pool",
         [larger[i] for i in chosen],
     )
+
+
+def read_tmqm(folder: Path) -> list[Atoms]:
+    """Read the complexes of tmQM, which have geometries and charges but no labels.
+
+    Parameters
+    ----------
+    folder
+        With ``tmqm_geometries_le40.extxyz.gz``.
+    """
+    return _read(folder / "tmqm_geometries_le40.extxyz.gz")
 
 
 def barrier_pairs(structures: Sequence[Atoms]) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from orbcalc.active.prediction import functions_chunk
 from orbcalc.active.prior import process_columns, select_informative
 from orbcalc.config import PotentialConfig, TrainConfig, parse_config
-from orbcalc.files import read_json, replace_file, write_json
+from orbcalc.files import file_sha256, read_json, replace_file, write_json
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.model.potential import Potential
@@ -37,7 +37,7 @@ from orbcalc.training.initial import initial_potential
 from orbcalc.training.statistics import charge_targets
 from orbcalc.training.trainer import Trainer
 
-__all__ = ["Run", "Settings", "perform"]
+__all__ = ["Run", "Settings", "feature_config", "learn_features", "perform"]
 
 #: Structures of the batch whose inference is timed, and how often.
 _TIMED_STRUCTURES, _REPEATS = 64, 10
@@ -58,6 +58,8 @@ class Settings:
     draw: str
     """How the labelled structures are chosen."""
     device: str
+    start: str | None = None
+    """Model whose features arm 13 trains on, instead of beginning afresh."""
 
 
 @dataclass(frozen=True)
@@ -110,29 +112,41 @@ def _learned_features(run: Run, out: Path, data: DataSet, settings: Settings) ->
     arm, cheap = ARMS[run.arm], [*data.pool, *data.larger]
     n_batch = settings.batch_size + settings.cheap_batch_size
     content = hashlib.sha256("".join(map(structure_key, cheap)).encode()).hexdigest()[:8]
+    start = "" if settings.start is None else f"_from_{file_sha256(Path(settings.start))[:8]}"
     folder = out / (
         f"{data.name}_{content}_{run.arm}_{settings.preset}_{settings.steps}x{n_batch}"
-        f"_lr{settings.learning_rate:g}_w{run.weight:g}_s{run.seed}"
+        f"_lr{settings.learning_rate:g}_w{run.weight:g}_s{run.seed}{start}"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    path, log = folder / "model.orbcalc", _Log(folder / "log.jsonl")
-    if path.exists():
-        return path
-    with try_lock(folder / "lock") as mine:
-        if not mine:
-            return None
-        if not path.exists():  # nor has it come since
-            config = _config(run, arm, settings)
-            tasks = config.tasks.model_copy(update={"energy": 0.0})
-            config = config.model_copy(update={"tasks": tasks})
-            train = _dataset([_prepared(a, arm, cheap_only=True) for a in cheap], config.potential)
-            valid = _dataset(data.validation(0), config.potential)  # the same for all sizes
-            state = folder / "state"
-            trainer = Trainer(train, valid, config, seed=run.seed, state_path=state, report=log)
-            potential = trainer.fit(lambda: initial_potential(config, 0, run.seed, train))
-            save_model(path, Committee([potential]), {"seconds_per_step": log.seconds_per_step()})
-            state.unlink(missing_ok=True)
+    path = folder / "model.orbcalc"
+    if not path.exists():
+        with try_lock(folder / "lock") as mine:
+            if not mine:
+                return None
+            if not path.exists():  # nor has it come since
+                learn_features(path, cheap, data.validation(0), feature_config(run, settings), arm)
     return path
+
+
+def feature_config(run: Run, settings: Settings) -> TrainConfig:
+    """Return how features are learned from cheap labels alone."""
+    config = _config(run, ARMS[run.arm], settings)
+    start = None if settings.start is None else Path(settings.start)
+    tasks = config.tasks.model_copy(update={"energy": 0.0})
+    return config.model_copy(update={"tasks": tasks, "start_from": start})
+
+
+def learn_features(
+    path: Path, cheap: Sequence[Atoms], valid: Sequence[Atoms], config: TrainConfig, arm: Arm
+) -> None:
+    """Learn features from the cheap labels of structures, or go on; write the model."""
+    log, state = _Log(path.with_name("log.jsonl")), path.with_name("state")
+    train = _dataset([_prepared(a, arm, cheap_only=True) for a in cheap], config.potential)
+    held_out = _dataset(valid, config.potential)  # the same for all sizes
+    trainer = Trainer(train, held_out, config, seed=config.seed, state_path=state, report=log)
+    potential = trainer.fit(lambda: initial_potential(config, 0, config.seed, train))
+    save_model(path, Committee([potential]), {"seconds_per_step": log.seconds_per_step()})
+    state.unlink(missing_ok=True)
 
 
 def _informative(run: Run, features: Path, data: DataSet, device: str) -> list[int]:

@@ -217,4 +217,5 @@ def _outcome_relevant(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"dask", "stop", "output", "device"})
     for name in ("structures", "start"):
         tree["pool"][name] = len(tree["pool"][name])
+    tree["pool"]["features"] = config.pool.features is not None
     return tree

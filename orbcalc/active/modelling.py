@@ -21,7 +21,7 @@ from orbcalc.config import (
     load_config,
 )
 from orbcalc.errors import ConfigError, OrbcalcError
-from orbcalc.files import append_json, read_jsonl, write_text
+from orbcalc.files import append_json, read_jsonl, replace_file, write_text
 from orbcalc.labels.label import LabelStatus
 from orbcalc.labels.store import LabelStore
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS
@@ -53,6 +53,7 @@ def write_features_set(
 
     That is so where it is asked for; by default where energies alone are learned and begin few,
     and cheap labels are those of the whole pool, which nothing enlarges and no lone atom is in.
+    A model whose features are trained on is copied beside it.
 
     Parameters
     ----------
@@ -93,7 +94,13 @@ def write_features_set(
     if not any(held_out):
         return False
     tasks = training.tasks.model_copy(update={"energy": 0.0})
-    _write(files, cheap, held_out, training.model_copy(update={"tasks": tasks}))
+    start = None
+    if config.pool.features is not None:  # the run goes on with what it began with
+        start = Path("start.orbcalc")
+        files.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(files.folder / start, config.pool.features.read_bytes())
+    training = training.model_copy(update={"tasks": tasks, "start_from": start})
+    _write(files, cheap, held_out, training)
     return True
 
 

@@ -69,6 +69,11 @@ class PoolConfig(StrictModel):
         "(potential.xtb_head: baseline by default); otherwise those of structures with reference "
         "labels only",
     )
+    features: Path | None = Field(
+        default=None,
+        description="a model with energy_head: process, which the cheap labels of other structures "
+        "have taught: those of the pool train its features on (its elements must hold the pool's)",
+    )
 
     @model_validator(mode="after")
     def _some_source(self) -> PoolConfig:
@@ -86,7 +91,8 @@ class PoolConfig(StrictModel):
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file that is read."""
-        return (*self.structures, *(self.start if self.md is not None else ()))
+        starts = self.start if self.md is not None else ()
+        return (*self.structures, *starts, *((self.features,) if self.features else ()))
 
 
 class SelectionConfig(StrictModel):
@@ -241,6 +247,10 @@ class RunConfig(StrictModel):
             raise ValueError(
                 "potential.energy_head: process keeps the features of the first round, which a "
                 "pool that pool.md enlarges outgrows: choose energy_head: network"
+            )
+        if self.pool.features is not None and self.potential.energy_head != "process":
+            raise ValueError(
+                "pool.features are what a process is fitted on: set potential.energy_head: process"
             )
         if self.potential.xtb_head not in (None, "none") and not self.labels.charges:
             raise ValueError(

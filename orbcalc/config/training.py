@@ -317,7 +317,8 @@ class TrainConfig(StrictModel):
         "elements and number of members; its scales are kept, and its reference energies moved "
         "where others are given or the labels are of another method; of one with energy_head: "
         "process the features stay, whatever cheap labels are new, and the process is fitted anew "
-        "(to structures of its elements)",
+        "(to structures of its elements); with tasks: {energy: 0, forces: 0} its features are "
+        "trained on with the cheap labels instead",
     )
     reference_energies: dict[str, float] | None = Field(
         default=None,
@@ -404,14 +405,22 @@ class TrainConfig(StrictModel):
         )
 
     @property
+    def keeps_features(self) -> bool:
+        """Whether a process is fitted on the features of the model to start from, as they are.
+
+        Where no energy is learned, features alone are, and those of the model are trained on.
+        """
+        is_process = self.potential.energy_head == "process"
+        return is_process and self.start_from is not None and self.tasks.energy > 0
+
+    @property
     def leaves_one_out(self) -> bool:
         """Whether errors are those of each structure left out in turn, and none is held out.
 
         That is so for a process on known features, unless structures to validate with are given.
         The spread of several members is known for structures held out only.
         """
-        is_process = self.potential.energy_head == "process" and self.start_from is not None
-        return is_process and self.committee == 1 and isinstance(self.valid, float)
+        return self.keeps_features and self.committee == 1 and isinstance(self.valid, float)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -153,6 +153,13 @@ class Potential(nn.Module):
         """Floating-point type of the weights."""
         return self.backbone.elements.weight.dtype
 
+    def forget_process(self) -> None:
+        """Take the process back to what it is before it is fitted: features can be trained."""
+        head = ProcessHead(self.config.channels, self.config.layers)
+        self.energy_head = head.to(self.element_index.device)
+        self.told = torch.zeros_like(self.told)
+        self.forget_rigidity()
+
     def forget_rigidity(self) -> None:
         """Make room for the whitenings of the last layer as it is now; they are zero."""
         n_last = self.energy_head.n_last + len(self.elements)

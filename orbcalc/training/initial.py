@@ -39,7 +39,7 @@ def initial_potential(
 ) -> Potential:
     """Return the potential that the training of a member begins with.
 
-    One with a process has learned its features, which stay.
+    One with a process has learned its features, which stay unless they alone are learned.
 
     Parameters
     ----------
@@ -69,25 +69,31 @@ def initial_potential(
         )
         is_process = config.potential.energy_head == "process"
         elements, covered = {*train_set.elements}, {*committee.first.elements}
+        trains_on = is_process and not config.keeps_features
         fits = (
-            len(committee.members) == config.committee
+            (trains_on or len(committee.members) == config.committee)
             and _sizes(committee.first.config) == _sizes(config.potential)
             and (elements <= covered if is_process else elements == covered)
             and train_set.shells.items() <= committee.first.shells.items()
         )
         if fits:
-            potential = committee.members[member]
+            # Fewer members than are trained: each goes its own way from there.
+            potential = committee.members[member % len(committee.members)]
             assert isinstance(potential, Potential)
-            if is_process:  # its energies will be fitted again
+            if config.keeps_features:  # its energies will be fitted again
                 return potential
+            if trains_on:
+                potential.forget_process()
+                return potential.requires_grad_(True).train()
             before = metadata.get("labels", {}).get("reference")
             if _takes_over(potential, config, train_set, before, method):
                 return potential.requires_grad_(True).train()
         if is_process:
             raise ConfigError(
                 f"{config.start_from} has no features for this training: it needs a process "
-                f"(potential.energy_head), the same architecture and number of members, and all "
-                f"elements that are trained on. Leave start_from out to learn features first."
+                f"(potential.energy_head), the same architecture and number of members (to train "
+                f"on, any number), and all elements that are trained on. Leave it out to learn "
+                f"features first."
             )
         logger.warning("%s does not fit the training set: starting afresh", config.start_from)
     statistics = fit_statistics(train_set, config.potential, config.reference_energies)

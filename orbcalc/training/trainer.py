@@ -76,9 +76,8 @@ class Trainer:
     ) -> None:
         self.is_process = config.potential.energy_head == "process"
         # A process is fitted to energies alone, if features come with the potential to start from.
-        has_features = self.is_process and config.start_from is not None
-        train.require(config.tasks.reference if has_features else config.tasks.active)
-        valid = train if valid is None and has_features else valid
+        train.require(config.tasks.reference if config.keeps_features else config.tasks.active)
+        valid = train if valid is None and config.keeps_features else valid
         if not valid:
             raise ConfigError("the validation set is empty; give more structures, or `valid`")
         if unknown := sorted({*valid.elements} - {*train.elements}):
@@ -89,7 +88,7 @@ class Trainer:
             )
         #: What is learned in steps: all tasks, or the cheap ones, if a process learns the energy.
         tasks = config.tasks.model_copy(update={"energy": 0.0} if self.is_process else {})
-        judging = config.tasks if has_features else tasks
+        judging = config.tasks if config.keeps_features else tasks
         census = valid.census()
         if not any(getattr(judging, task) > 0 and count for task, count in census.items()):
             raise MissingLabelError(

@@ -232,6 +232,47 @@ def test_features_may_be_learned_before_any_energy(
     assert np.abs(found - labels).mean() < 0.5 * labels.std()
 
 
+def test_features_of_other_structures_are_trained_on(
+    labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    cheap = [atoms for atoms in few_energies(labelled_waters) if REF_ENERGY not in atoms.info]
+    paths = [write_pool(tmp_path / f"{n}.extxyz", cheap[n::2]) for n in range(2)]
+    alone = {"tasks": {"energy": 0, "forces": 0}, "potential": {"energy_head": "process"}}
+    general = train_config(paths[0], tmp_path / "general.orbcalc", **alone)
+    before = train(general)
+    errors = {}
+    for name, start in (("afresh", None), ("on", str(general.output))):
+        records: list[dict[str, Any]] = []
+        few_steps = {"steps": 4, "evaluate_every": 2, "learning_rate": 1e-3}
+        config = train_config(
+            paths[1], tmp_path / f"{name}.orbcalc", optimizer=few_steps, start_from=start, **alone
+        )
+        found = train(config, lambda record, to=records: to.append(dict(record)))
+        assert [record["step"] for record in records] == [2, 4]
+        errors[name] = records[-1]["charges_mae"]
+    assert errors["on"] < 0.7 * errors["afresh"]
+    moved = [
+        name for name, w in features(found).items() if not torch.equal(w, features(before)[name])
+    ]
+    assert any("backbone" in name for name in moved)
+    assert found.first.n_inducing > 0
+    assert not found.first.has_energies
+    few = few_energies(labelled_waters)[::2]
+    fitted = train(
+        small_config(
+            write_pool(tmp_path / "few.extxyz", few),
+            tmp_path / "fitted.orbcalc",
+            start_from=str(tmp_path / "on.orbcalc"),
+        )
+    )
+    for name, value in features(fitted).items():
+        assert torch.equal(value, features(found)[name]), name
+    again = train_config(
+        paths[1], tmp_path / "again.orbcalc", start_from=str(tmp_path / "fitted.orbcalc"), **alone
+    )
+    assert not train(again).first.has_energies  # those of other features are gone
+
+
 def test_a_process_does_not_start_from_a_network(
     labelled_waters: list[Atoms], tmp_path: Path
 ) -> None:
@@ -272,6 +313,37 @@ def pool(labelled_waters: list[Atoms], tmp_path: Path) -> Path:
 def first_batch(config: RunConfig) -> list[str]:
     found: list[str] = read_json(config.output / "rounds" / "000" / "selection.json")["batch"]
     return found
+
+
+def test_a_run_trains_features_on_that_others_have_taught(
+    client: Client, pool: Path, labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    alone = {"tasks": {"energy": 0, "forces": 0}, "potential": {"energy_head": "process"}}
+    path = write_pool(tmp_path / "others.extxyz", labelled_waters)
+    general = tmp_path / "general.orbcalc"
+    train(train_config(path, general, **alone))
+    few_steps = {"steps": 2, "evaluate_every": 2, "learning_rate": 1e-3}
+    errors = {}
+    for name, start in (("afresh", None), ("on", str(general))):
+        config = run_on(
+            pool,
+            tmp_path / name,
+            committee=2,
+            optimizer=few_steps,
+            pool={"charges": True, "features": start},
+            potential={"energy_head": "process"},
+            stop={"max_rounds": 1},
+        )
+        run(config, client=client)
+        records = read_jsonl(config.output / "metrics.jsonl")
+        errors[name] = [record["charges_mae"] for record in records if record["step"] == 2][:2]
+    assert max(errors["on"]) < 0.7 * min(errors["afresh"])
+    a, b = load_model(tmp_path / "on" / "features" / "model.orbcalc")[0].members
+    weights = ("backbone.elements.weight",)
+    assert all(not torch.equal(a.state_dict()[w], b.state_dict()[w]) for w in weights)
+    general.write_bytes(b"another")
+    with pytest.raises(ConfigError, match=r"general\.orbcalc has changed"):
+        run(config, client=client)
 
 
 def test_a_run_trains_once_and_then_fits(client: Client, pool: Path, tmp_path: Path) -> None:

@@ -137,6 +137,11 @@ def test_all_problems_are_listed():
         ),
         (
             RunConfig,
+            RUN | {"pool": {"structures": "a.xyz", "charges": True, "features": "m.orbcalc"}},
+            "pool.features are what a process is fitted on",
+        ),
+        (
+            RunConfig,
             RUN | {"labels": {"forces": False}},
             "tasks.forces has weight, but labels.forces is false",
         ),
