@@ -17,6 +17,8 @@ _UNITS = {
     "forces": ("meV/Å", 1e3),
     "stress": ("meV/Å³", 1e3),
     "charges": ("me", 1e3),
+    "xtb_energy": ("meV/atom", 1e3),
+    "xtb_forces": ("meV/Å", 1e3),
 }
 
 

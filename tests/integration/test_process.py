@@ -210,7 +210,9 @@ def test_features_may_be_learned_before_any_energy(
         assert "xtb_energy_mae" in errors
         assert "energy_mae" not in errors
     print_model(config.output)
-    assert "energy: none learned but that of GFN1-xTB (features" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "energy: none learned but that of GFN1-xTB (features" in printed
+    assert "xtb_energy" in printed.split("held-out structures")[1]
     [below] = predict(config.output, labelled_waters[:1])
     assert below["energy"] == pytest.approx(labelled_waters[0].info[XTB_ENERGY], abs=3.0)
     few = few_energies(labelled_waters)[::2]
