@@ -28,7 +28,7 @@ from orbcalc.report.style import (
     style_axes,
 )
 
-__all__ = ["labels_saved", "write_report"]
+__all__ = ["Point", "labels_saved", "read_points", "write_report"]
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -67,7 +67,7 @@ class Point:
 
 def write_report(out: Path) -> None:
     """Write ``report.md`` and, where there are two sizes, learning curves of what is there."""
-    points = _points(out)
+    points = read_points(out)
     if not points:
         console.print(f"there is no result in {out} yet")
         return
@@ -112,7 +112,7 @@ def labels_saved(
     return round(needed / size, 6)
 
 
-def _points(out: Path) -> list[Point]:
+def read_points(out: Path) -> list[Point]:
     """Gather results; of an arm that was tried with several weights, only the chosen one."""
     chosen = {}
     if (out / "weights.json").exists():
