@@ -6,29 +6,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from report import Point, read_points
+from report import FIGURES, Point, draw_panel, read_points
 
 from orbcalc.files import replace_file
-from orbcalc.report.style import (
-    BLUE,
-    GREEN,
-    INK,
-    MARKERS,
-    ORANGE,
-    RED,
-    SKY,
-    new_figure,
-    png,
-    set_legend,
-    set_log,
-    set_title,
-    style_axes,
-)
-
-_COLOURS = (INK, SKY, BLUE, ORANGE, RED, GREEN)
-
-#: Errors that get a panel each.
-_PANELS = {"energy_meV_mae": "energy MAE, meV", "barrier_meV_mae": "barrier MAE, meV"}
+from orbcalc.report.style import new_figure, png, set_legend, set_title
 
 
 def main() -> None:
@@ -49,27 +30,13 @@ def main() -> None:
 
 
 def _figure(curves: dict[str, list[Point]], title: str) -> bytes:
+    """Draw a panel for each error that the set has."""
     points = [point for own in curves.values() for point in own]
-    kinds = {k: v for k, v in _PANELS.items() if np.isfinite(points[0].mean("test", k))}
+    kinds = {k: v for k, v in FIGURES.items() if np.isfinite(points[0].mean("test", f"{k}_mae"))}
     figure = new_figure(5.4)
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
-        style_axes(axes)
-        for number, (name, own) in enumerate(curves.items()):
-            axes.errorbar(
-                [point.size for point in own],
-                [point.mean("test", kind) for point in own],
-                yerr=np.nan_to_num([point.spread("test", kind) for point in own]),
-                color=_COLOURS[number % len(_COLOURS)],
-                marker=MARKERS[number % len(MARKERS)],
-                ms=4,
-                lw=1.3,
-                capsize=2,
-                label=name,
-            )
-        set_log(axes, "x", [point.size for point in points])
-        set_log(axes, "y", [point.mean("test", kind) for point in points])
-        axes.set_xlabel("expensive labels")
+    for axes, (error, label) in zip(panels, kinds.items(), strict=True):
+        draw_panel(axes, curves, points, error)
         axes.set_ylabel(label)
     set_title(panels[0], title)
     set_legend(panels[0], "upper center", below=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from arms import ARMS, FAMILIES, WEIGHT
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from orbcalc.files import read_json, replace_file
@@ -28,12 +29,12 @@ from orbcalc.report.style import (
     style_axes,
 )
 
-__all__ = ["Point", "labels_saved", "read_points", "write_report"]
+__all__ = ["FIGURES", "Point", "draw_panel", "labels_saved", "read_points", "write_report"]
 
 console = Console(soft_wrap=True, highlight=False)
 
 #: Errors that get a figure, where a set has them.
-_FIGURES = {"energy_meV": "energy MAE, meV", "barrier_meV": "barrier MAE, meV"}
+FIGURES = {"energy_meV": "energy MAE, meV", "barrier_meV": "barrier MAE, meV"}
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, "#CC79A7", "#8c6d31")
 
@@ -74,7 +75,7 @@ def write_report(out: Path) -> None:
     text = _table(points)
     replace_file(out / "report.md", text)
     several = len({point.size for point in points}) > 1
-    for error, label in _FIGURES.items():
+    for error, label in FIGURES.items():
         if several and math.isfinite(points[0].mean("test", f"{error}_mae")):
             replace_file(out / f"{error.removesuffix('_meV')}.png", _figure(points, error, label))
     console.print(text)
@@ -220,26 +221,46 @@ def _figure(points: Sequence[Point], error: str, label: str) -> bytes:
     """Draw learning curves, a panel for each family of arms."""
     figure = new_figure(5.0)
     panels = figure.subplots(1, len(FAMILIES), sharey=True)
-    key = ("test", f"{error}_mae")
     for axes, (title, arms) in zip(panels, FAMILIES.items(), strict=True):
-        style_axes(axes)
-        for arm, colour in zip(arms, (INK, *_COLOURS), strict=False):
-            own = [point for point in points if point.arm == arm]
-            axes.errorbar(
-                [point.size for point in own],
-                [point.mean(*key) for point in own],
-                yerr=np.nan_to_num([point.spread(*key) for point in own]),
-                color=colour,
-                marker="o",
-                ms=4,
-                lw=1.3,
-                capsize=2,
-                label=_name(arm) if own else None,
-            )
+        curves = {_name(arm): [point for point in points if point.arm == arm] for arm in arms}
+        draw_panel(axes, curves, points, error)
         set_title(axes, title)
-        axes.set_xlabel("expensive labels")
-        set_log(axes, "x", [point.size for point in points])
-        set_log(axes, "y", [point.mean(*key) for point in points])
         set_legend(axes, "upper center", below=True)
     panels[0].set_ylabel(label)
     return png(figure)
+
+
+def draw_panel(
+    axes: Axes, curves: Mapping[str, Sequence[Point]], points: Sequence[Point], error: str
+) -> None:
+    """Draw learning curves, means with their standard deviations.
+
+    Parameters
+    ----------
+    axes
+        Where.
+    curves
+        Points of each, by name; the first is the one to compare with. An empty one keeps its
+        colour, and is not named.
+    points
+        All that the axes have room for.
+    error
+        One of `FIGURES`.
+    """
+    key = ("test", f"{error}_mae")
+    style_axes(axes)
+    for (name, own), colour in zip(curves.items(), (INK, *_COLOURS), strict=False):
+        axes.errorbar(
+            [point.size for point in own],
+            [point.mean(*key) for point in own],
+            yerr=np.nan_to_num([point.spread(*key) for point in own]),
+            color=colour,
+            marker="o",
+            ms=4,
+            lw=1.3,
+            capsize=2,
+            label=name if own else None,
+        )
+    axes.set_xlabel("expensive labels")
+    set_log(axes, "x", [point.size for point in points])
+    set_log(axes, "y", [point.mean(*key) for point in points])
