@@ -129,7 +129,7 @@ def resolve_paths(config: Config, folder: Path) -> Config:
         value = getattr(config, name)
         if isinstance(value, StrictModel):
             update[name] = resolve_paths(value, folder)
-        elif name in ("start_from", "features") and isinstance(value, Path):
+        elif isinstance(value, Path) and name != "output":
             update[name] = (folder / value).resolve()
         elif isinstance(value, tuple) and value and all(isinstance(v, Path) for v in value):
             update[name] = tuple((folder / v).resolve() for v in value)
