@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ase import Atoms
 
 from orbcalc.active.folder import RunFolder
+from orbcalc.active.modelling import check_features
 from orbcalc.config import RunConfig
 from orbcalc.errors import ConfigError
 from orbcalc.files import fingerprints, write_json
@@ -38,7 +39,10 @@ def read_inputs(config: RunConfig, folder: RunFolder) -> Inputs:
     LabelConflictError
         If copies of a structure came with unlike labels.
     ConfigError
-        If stresses should be learned, and no structure has any.
+        If stresses should be learned, and no structure has any, or features be trained on that
+        do not fit.
+    CheckpointError
+        If the model that has them cannot be read.
     """
     source = config.pool
     seen = fingerprints(source.files)  # before they are read: whatever changes later has changed
@@ -56,5 +60,6 @@ def check_inputs(config: RunConfig, inputs: Inputs) -> None:
         check_file_labels(inputs.pool, config.labels)
         refuse_unlike_copies(inputs.pool, config.labels)
     look_over(both, config.labels)
+    check_features(config, both)
     if config.tasks.stress and not any(has_volume(atoms) for atoms in both):
         raise ConfigError("tasks.stress has weight, but no structure of the pool has a volume")

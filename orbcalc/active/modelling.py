@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from orbcalc.labels.store import LabelStore
 from orbcalc.properties import REF_ENERGY, REF_FORCES, REF_METHOD, REF_STRESS
 from orbcalc.structures import hold_out, is_lone_atom, structure_key
 
-__all__ = ["train_committee", "write_features_set", "write_training_set"]
+__all__ = ["check_features", "train_committee", "write_features_set", "write_training_set"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,33 @@ _COUNTS = ("n_train", "n_cheap", "n_valid", "n_left_out")
 
 #: Configuration file, member, log, number of the round, device.
 TrainTask = tuple[str, int, str, int, str]
+
+
+def check_features(config: RunConfig, structures: Iterable[Atoms]) -> None:
+    """Refuse a model that the features of a pool cannot begin with, before it has cheap labels.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    ConfigError
+        If it does not fit.
+    """
+    path = config.pool.features
+    if path is None:
+        return
+    from orbcalc.model.checkpoint import load_model
+    from orbcalc.training.initial import misfits
+
+    committee, _ = load_model(path)
+    training = _training_config(RoundFiles(path.parent), config, seed=0)
+    potential = training.resolved(cheap_only=config.pool.charges).potential
+    elements = {z for atoms in structures for z in atoms.numbers.tolist()}
+    if reasons := misfits(committee.first, potential, elements):
+        raise ConfigError(
+            f"pool.features: {path} does not fit this run: {'; '.join(reasons)}. Leave it out to "
+            f"learn features of the pool alone."
+        )
 
 
 def write_features_set(

@@ -28,7 +28,6 @@ def _check_run(config: RunConfig) -> None:
     from orbcalc.active.inputs import Inputs, check_inputs
     from orbcalc.labels.process import WorkerProcess, label_structure
     from orbcalc.labels.store import read_sources
-    from orbcalc.model.checkpoint import load_model
     from orbcalc.structures import unique_structures
 
     source = config.pool
@@ -40,8 +39,6 @@ def _check_run(config: RunConfig) -> None:
         sampled = 0 if md is None else md.rounds * md.walkers * (md.steps // md.every)
         output.print(_first_look(config, len(structures) + sampled))
     check_inputs(config, Inputs(read, starts))
-    if config.pool.features is not None:
-        load_model(config.pool.features)
     probe = max(structures or starts, key=len)
     with WorkerProcess() as process:
         for item in label_structure(process, probe, config.labels):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from orbcalc.training.statistics import (
 )
 from orbcalc.training.trainer import resolve_device
 
-__all__ = ["initial_potential"]
+__all__ = ["initial_potential", "misfits"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +70,15 @@ def initial_potential(
             config.start_from, device=resolve_device(config.device), dtype=dtype
         )
         is_process = config.potential.energy_head == "process"
-        elements, covered = {*train_set.elements}, {*committee.first.elements}
         trains_on = is_process and not config.keeps_features
-        fits = (
-            (trains_on or len(committee.members) == config.committee)
-            and _sizes(committee.first.config) == _sizes(config.potential)
-            and (elements <= covered if is_process else elements == covered)
-            and train_set.shells.items() <= committee.first.shells.items()
-        )
-        if fits:
+        reasons = misfits(committee.first, config.potential, train_set.elements)
+        if not trains_on and (n_members := len(committee.members)) != config.committee:
+            reasons.append(f"it has {n_members} member(s), not {config.committee}")
+        if not is_process and (more := {*committee.first.elements} - {*train_set.elements}):
+            reasons.append(f"it was trained on {_symbols(more)}, too")
+        if not train_set.shells.items() <= committee.first.shells.items():
+            reasons.append("the charges of its elements belong to other shells")
+        if not reasons:
             # Fewer members than are trained: each goes its own way from there.
             potential = committee.members[member % len(committee.members)]
             assert isinstance(potential, Potential)
@@ -88,18 +90,48 @@ def initial_potential(
             before = metadata.get("labels", {}).get("reference")
             if _takes_over(potential, config, train_set, before, method):
                 return potential.requires_grad_(True).train()
+            reasons.append("labelled energies are far from those of its reference energies")
         if is_process:
             raise ConfigError(
-                f"{config.start_from} has no features for this training: it needs a process "
-                f"(potential.energy_head), the same architecture and number of members (to train "
-                f"on, any number), and all elements that are trained on. Leave it out to learn "
-                f"features first."
+                f"{config.start_from} has no features for this training: {'; '.join(reasons)}. "
+                f"Leave it out to learn features first."
             )
-        logger.warning("%s does not fit the training set: starting afresh", config.start_from)
+        logger.warning(
+            "%s does not fit the training set (%s): starting afresh",
+            config.start_from,
+            "; ".join(reasons),
+        )
     statistics = fit_statistics(train_set, config.potential, config.reference_energies)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Potential(config.potential, train_set.elements, train_set.shells, statistics, dtype)
+
+
+def misfits(potential: Potential, config: PotentialConfig, elements: Iterable[int]) -> list[str]:
+    """Say what keeps a trained potential from being trained on; nothing if it can be.
+
+    Parameters
+    ----------
+    potential
+        As it was trained.
+    config
+        What is to be trained, with nothing left open.
+    elements
+        That are to be learned, by atomic number.
+    """
+    before, now = _sizes(potential.config), _sizes(config)
+    reasons = [
+        f"its {name} is {before[name]}, not {value}"
+        for name, value in now.items()
+        if before[name] != value
+    ]
+    if unknown := {*elements} - {*potential.elements}:
+        reasons.append(f"it does not know {_symbols(unknown)}")
+    return reasons
+
+
+def _symbols(elements: Iterable[int]) -> str:
+    return ", ".join(chemical_symbols[z] for z in sorted(elements))
 
 
 def _sizes(config: PotentialConfig) -> dict[str, Any]:

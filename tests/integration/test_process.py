@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 from distributed import Client
 from small_runs import run_config, train_config, waters, write_pool
 from torch import Tensor
@@ -346,6 +347,32 @@ def test_a_run_trains_features_on_that_others_have_taught(
     general.write_bytes(b"another")
     with pytest.raises(ConfigError, match=r"general\.orbcalc has changed"):
         run(config, client=client)
+
+
+def test_features_that_do_not_fit_are_refused_before_any_label(
+    client: Client, pool: Path, labelled_waters: list[Atoms], tmp_path: Path
+) -> None:
+    alone = {"tasks": {"energy": 0, "forces": 0}, "potential": {"energy_head": "process"}}
+    path = write_pool(tmp_path / "others.extxyz", labelled_waters)
+    general = tmp_path / "general.orbcalc"
+    train(train_config(path, general, **alone))
+    salty = write_pool(tmp_path / "salty.extxyz", [*read_structures(pool), molecule("NaCl")])
+    for number, (file, head, reason) in enumerate(
+        [
+            (salty, {}, "it does not know Na, Cl"),
+            (pool, {"channels": 4}, "its channels is 8, not 4"),
+        ]
+    ):
+        config = run_on(
+            file,
+            tmp_path / f"run{number}",
+            pool={"charges": True, "features": str(general)},
+            potential={"energy_head": "process", **head},
+            labels={"reference": {"calculator": "GFN2-xTB"}, "forces": False},
+        )
+        with pytest.raises(ConfigError, match=rf"general\.orbcalc does not fit .*{reason}"):
+            run(config, client=client)
+        assert not (config.output / "labels.db").exists()
 
 
 def test_a_run_trains_once_and_then_fits(client: Client, pool: Path, tmp_path: Path) -> None:

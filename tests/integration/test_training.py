@@ -663,14 +663,24 @@ def test_a_start_takes_over_reference_energies_that_are_told(
         assert found.first.reference_energies.tolist() == pytest.approx(told)
 
 
-@pytest.mark.parametrize("change", [{"committee": 2}, {"potential": {"channels": 4}}])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"committee": 2}, "it has 1 member(s), not 2"),
+        ({"potential": {"channels": 4}}, "its channels is 8, not 4"),
+    ],
+)
 def test_training_begins_afresh_where_it_does_not_fit(
-    labelled_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+    labelled_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+    reason: str,
 ) -> None:
     train(train_config(labelled_file, tmp_path / "start.orbcalc"))
     with caplog.at_level(logging.WARNING):
         train(start_from(labelled_file, tmp_path / "start.orbcalc", tmp_path / "b", **change))
-    assert "does not fit the training set: starting afresh" in caplog.text
+    assert f"does not fit the training set ({reason}): starting afresh" in caplog.text
 
 
 def test_a_preset_is_only_a_name_for_sizes(
