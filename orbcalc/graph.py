@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from orbcalc.neighbors import NeighborList, neighbor_list
@@ -128,7 +128,7 @@ class AtomGraph:
     @property
     def n_atoms_of_structure(self) -> Int[Tensor, " n_structures"]:
         """Number of atoms of each structure."""
-        return torch.bincount(self.structure_index, minlength=self.n_structures)
+        return self.sum_over_atoms(torch.ones_like(self.structure_index))
 
     def edge_vectors(self) -> Float[Tensor, "n_atoms n_slots 3"]:
         """Return the vector from each atom to each of its neighbours, Å; arbitrary if unused."""
@@ -142,7 +142,7 @@ class AtomGraph:
         i, slot = divmod(int(place), self.n_slots)
         return i, int(self.neighbors[i, slot]), float(least.sqrt())
 
-    def sum_over_atoms(self, values: Float[Tensor, " n_atoms *rest"]) -> Tensor:
+    def sum_over_atoms(self, values: Shaped[Tensor, " n_atoms *rest"]) -> Tensor:
         """Sum a quantity of the atoms of each structure, (n_structures, *rest)."""
         total = values.new_zeros(self.n_structures, *values.shape[1:])
         return total.index_add(0, self.structure_index, values)
@@ -162,8 +162,9 @@ class AtomGraph:
         if n_slots == self.n_slots:
             return self
         n_more = n_slots - self.n_slots
-        own = torch.arange(self.n_atoms)[:, None]
-        unused = own * n_slots + torch.arange(self.n_slots, n_slots)
+        device = self.neighbors.device
+        own = torch.arange(self.n_atoms, device=device)[:, None]
+        unused = own * n_slots + torch.arange(self.n_slots, n_slots, device=device)
         # A flat index j * old + slot becomes j * new + slot.
         reverse = self.reverse + self.reverse // self.n_slots * n_more
         return replace(

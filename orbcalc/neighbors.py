@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -95,14 +96,21 @@ def _pairs(positions: np.ndarray, box: np.ndarray, cutoff: float, device: torch.
 
 
 def _search(positions: np.ndarray, box: np.ndarray, cutoff: float, device: torch.device) -> Pairs:
+    # On a GPU vesin 0.6 takes the lengths of vectors along the axes, and not their signs.
+    sign = np.where(np.diag(box) < 0, -1, 1)
+    box = box * sign[:, None]
+    positions = positions + box[sign < 0].sum(axis=0)  # inside the box again
     finder = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=torch.get_num_threads())
-    centers, neighbors, shifts, distances = finder.compute(
-        points=torch.from_numpy(positions).to(device),
-        box=torch.from_numpy(box).to(device),
-        periodic=True,
-        quantities="ijSd",
-    )
-    return centers.long(), neighbors.long(), shifts.long(), distances
+    # It makes its device the current one, which is the caller's to choose.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        centers, neighbors, shifts, distances = finder.compute(
+            points=torch.from_numpy(positions).to(device),
+            box=torch.from_numpy(box).to(device),
+            periodic=True,
+            quantities="ijSd",
+        )
+    own = shifts.long() * torch.from_numpy(sign).to(device)
+    return centers.long(), neighbors.long(), own, distances
 
 
 @cache
@@ -117,7 +125,9 @@ def _can_search(device: torch.device) -> bool:
         (2, 3.0 * skewed),
         (60, 9.0 * skewed),
         (200, np.diag([3.0, 8.0, 90.0])),
-        (4000, np.diag([35.0, 36.0, 37.0])),
+        (1000, 25.0 * skewed),
+        (4000, np.diag([-35.0, 36.0, -37.0])),
+        (6000, np.diag([40.0, 41.0, 42.0])),  # from 5,000 atoms on another algorithm
     ]
     try:
         for n_atoms, box in boxes:

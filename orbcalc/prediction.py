@@ -261,8 +261,8 @@ def split_results(
     properties: Sequence[str],
 ) -> list[Results]:
     """Split a batch into the results of each structure, as ASE names them."""
-    energies = prediction.energy.detach().cpu().numpy()
-    results: list[Results] = [{"energy": float(e), "free_energy": float(e)} for e in energies]
+    energies = prediction.energy.tolist()
+    results: list[Results] = [{"energy": e, "free_energy": e} for e in energies]
     ends = np.cumsum(graph.n_atoms_of_structure.cpu().numpy())[:-1]
 
     def per_atom(name: str, values: torch.Tensor | None) -> None:
@@ -285,15 +285,21 @@ def split_results(
                 del result["charges"]  # an element of it had no charge labels
             elif "orbital_charges" in properties:
                 result["orbital_charges"] = _in_ao_order(slots, z, committee)
-    for index, result in enumerate(results):
-        for name in ("energy_uncertainty", "energy_interval_95"):
-            if (values := getattr(prediction, name)) is not None:
-                result[name] = float(values[index].detach())
-        if prediction.stress is not None and bool(graph.is_periodic[index]):
-            stress = prediction.stress[index].detach().cpu().numpy()
-            result["stress"] = full_3x3_to_voigt_6_stress(stress)
-        if prediction.features is not None:
-            result["features"] = prediction.features[index].detach().cpu().double().numpy()
+    for name in ("energy_uncertainty", "energy_interval_95"):
+        if (uncertainties := getattr(prediction, name)) is not None:
+            for result, value in zip(results, uncertainties.tolist(), strict=True):
+                result[name] = value
+    if prediction.stress is not None:
+        stresses = prediction.stress.detach().cpu().numpy()
+        for result, stress, is_there in zip(
+            results, stresses, graph.is_periodic.tolist(), strict=True
+        ):
+            if is_there:
+                result["stress"] = full_3x3_to_voigt_6_stress(stress)
+    if prediction.features is not None:
+        features = prediction.features.detach().cpu().double().numpy()
+        for result, own in zip(results, features, strict=True):
+            result["features"] = own
     return results
 
 

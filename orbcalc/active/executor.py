@@ -213,7 +213,7 @@ class Executor:
 
 @contextmanager
 def open_executor(
-    config: DaskConfig, *, members: int = 1, client: Client | None = None
+    config: DaskConfig, *, members: int = 1, device: str = "auto", client: Client | None = None
 ) -> Iterator[Executor]:
     """Open an executor on a client, on the scheduler of an address, or on a new LocalCluster.
 
@@ -223,6 +223,8 @@ def open_executor(
         Address, or numbers of local workers.
     members
         Model tasks that may run at once.
+    device
+        Where they run: with "auto" and "cuda" new workers have a GPU each, as far as there are any.
     client
         Used as it is, and left open.
 
@@ -239,7 +241,7 @@ def open_executor(
             yield Executor(remote, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
         return
     with (
-        _local_cluster(config, members) as cluster,
+        _local_cluster(config, members, device) as cluster,
         Client(cluster, set_as_default=False) as local,
     ):
         yield Executor(local, retries=config.retries, worker_timeout_s=config.worker_timeout_s)
@@ -278,16 +280,18 @@ class _LocalWorkers(SpecCluster):
             self.scale(len(self.worker_spec))  # type: ignore[no-untyped-call]
 
 
-def _local_cluster(config: DaskConfig, members: int) -> SpecCluster:
+def _local_cluster(config: DaskConfig, members: int, device: str) -> SpecCluster:
     """Start label workers and model workers on this machine.
 
+    A device of a name of its own ("cuda:1") is seen by all of the latter, one by default.
     Numeric libraries get one thread each (Dask's own default for Nanny processes), so that the
     workers do not fight for cores.
     """
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     n_label = config.label_workers or n_cores or 1
-    gpus = _gpu_names()
-    n_model = config.model_workers or len(gpus) or min(members, n_cores or 1)
+    gpus = _gpu_names() if device in ("auto", "cuda") else []
+    at_once = min(members, n_cores or 1) if device in ("auto", "cpu") else 1
+    n_model = config.model_workers or len(gpus) or at_once
     workers: dict[str, Any] = {}
     for kind, count in (("label", n_label), ("model", n_model)):
         for number in range(count):

@@ -100,7 +100,9 @@ def _run(
             return done
     # Before any worker is started: they may be dear to get.
     inputs = None if folder.round(0).pool.exists() else read_inputs(config, folder)
-    with open_executor(config.dask, members=config.committee, client=client) as executor:
+    with open_executor(
+        config.dask, members=config.committee, device=config.device, client=client
+    ) as executor:
         learning = ActiveLearning(config, folder, executor, notify, inputs=inputs)
         return learning.run() if done is None else learning.finish(done)
 

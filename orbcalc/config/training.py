@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, int]] = {
 _PRESET: Literal["medium"] = "medium"
 
 
-#: Energies up to which a process is the default; docs/data-efficiency.md has the measurements.
+#: Energies up to which a process is the default; measured in docs/data-efficiency-study.md.
 PROCESS_LABELS = 1_000
 
 
@@ -148,7 +148,7 @@ REFERENCE_TASKS = ("energy", "forces", "stress")
 
 
 #: Weight of charges and of the GFN1-xTB energy where no forces are learned: energies alone say
-#: little about atoms. docs/data-efficiency.md has the measurements.
+#: little about atoms. docs/data-efficiency-study.md has the measurements.
 _CHEAP_WEIGHT_WITHOUT_FORCES = 30.0
 
 
@@ -264,11 +264,11 @@ class OptimizerConfig(StrictModel):
         description="structures with cheap labels only that join each step, if there are any; "
         "default: twice batch_size",
     )
-    max_edges: int = Field(
-        default=20_000,
+    max_edges: int | None = Field(
+        default=None,
         ge=1,
         description="(padded) edges that are evaluated at once: a larger step is taken in parts, "
-        "whose gradients are added",
+        "whose gradients are added; default: 20,000, on a GPU 100,000",
     )
     steps: int | None = Field(
         default=None,

@@ -335,7 +335,7 @@ class Backbone(nn.Module):
         """Evaluate the functions of the edge vectors."""
         # Unused slots get a constant vector: norms have no derivative at zero, and masking the
         # result afterwards would leave NaN in the second derivatives.
-        constant = vectors.new_tensor([self.config.cutoff, 0.0, 0.0])
+        constant = nn.functional.pad(vectors.new_full((1,), self.config.cutoff), (0, 2))
         vectors = torch.where(mask[..., None], vectors, constant)
         vectors = vectors.flatten(0, 1).T.contiguous()
         distances = vectors.norm(dim=0)

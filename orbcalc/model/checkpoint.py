@@ -102,14 +102,14 @@ def load_model(
             _check_sizes(member, weights)
             potential = potential_from(member, dtype)
             load_weights(potential, weights)
-            members.append(potential.to(device).requires_grad_(False).eval())
+            members.append(potential.requires_grad_(False).eval())
         committee = Committee(members, Calibration(**content["calibration"]))
         _Metadata.model_validate(content["metadata"])
-        return committee, content["metadata"]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
         if isinstance(e, CheckpointError):
             raise
         raise CheckpointError(f"the model in {path} contradicts itself: {e}") from e
+    return committee.to(device), content["metadata"]
 
 
 def electrons_seen(metadata: Mapping[str, Any]) -> set[tuple[int, int]]:

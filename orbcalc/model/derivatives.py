@@ -57,5 +57,7 @@ def forces_and_stress(
     virial = (virial + virial.transpose(1, 2)) / 2
     has_volume = graph.is_periodic[:, None, None]
     # NaN is put in after the division: its derivative would be NaN for every weight.
-    volume = torch.where(has_volume, torch.linalg.det(graph.cell).abs()[:, None, None], 1.0)
+    a, b, c = graph.cell.unbind(1)
+    volumes = (torch.linalg.cross(a, b) * c).sum(1).abs()
+    volume = torch.where(has_volume, volumes[:, None, None], 1.0)
     return forces, torch.where(has_volume, virial / volume, torch.nan)

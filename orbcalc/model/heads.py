@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from e3nn import o3
@@ -13,7 +14,7 @@ from orbcalc.graph import AtomGraph
 from orbcalc.model.backbone import NodeFeatures, mlp
 from orbcalc.orbitals import SLOTS
 
-__all__ = ["EnergyHead", "InvariantChargeHead", "OrbitalBlockHead"]
+__all__ = ["EnergyHead", "InvariantChargeHead", "OrbitalBlockHead", "slot_of_each"]
 
 
 class EnergyHead(nn.Module):
@@ -82,6 +83,12 @@ class OrbitalBlockHead(nn.Module):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(channels))
         coupling = o3.wigner_3j(2, 2, 4, dtype=torch.float64) * 3 / math.sqrt(channels)
         self.register_buffer("coupling", coupling, persistent=False)
+        roots = torch.tensor([math.sqrt(2 * slot.l + 1) for slot in SLOTS])
+        self.register_buffer("roots", roots.double(), persistent=False)
+        columns = torch.tensor([slot.columns.start for slot in SLOTS])
+        self.register_buffer("scalar_of_slot", columns, persistent=False)
+        sizes = [(2 * slot.l + 1) * (slot.l + 1) for slot in SLOTS]
+        self.register_buffer("slot_of_column", slot_of_each(sizes), persistent=False)
         _register_labels(self, present, shift, scale)
 
     def forward(
@@ -100,15 +107,11 @@ class OrbitalBlockHead(nn.Module):
         raw = torch.cat([torch.stack([s0, s1, p0], -1), p2, d0[:, None], d2, d4], dim=-1)
         blocks = raw * self.get_buffer("scale")[elements] + self.get_buffer("shift")[elements]
         present = self.get_buffer("present")[elements]
-        columns = torch.tensor([slot.columns.start for slot in SLOTS], device=blocks.device)
-        roots = blocks.new_tensor([math.sqrt(2 * slot.l + 1) for slot in SLOTS])
+        columns, roots = self.get_buffer("scalar_of_slot"), self.get_buffer("roots")
         charges = torch.where(present, blocks[:, columns] * roots, 0.0)
         missing = _distribute(charges, torch.stack(weights, -1), present, graph) / roots
         blocks = blocks.index_add(1, columns, missing)
-        sizes = torch.tensor(
-            [(2 * slot.l + 1) * (slot.l + 1) for slot in SLOTS], device=blocks.device
-        )
-        return torch.where(present.repeat_interleave(sizes, 1), blocks, torch.nan)
+        return torch.where(present[:, self.get_buffer("slot_of_column")], blocks, torch.nan)
 
 
 class InvariantChargeHead(nn.Module):
@@ -130,6 +133,9 @@ class InvariantChargeHead(nn.Module):
         super().__init__()
         self.n_orbitals = shift.shape[1]
         self.scalars = mlp(channels, channels, self.n_orbitals + len(SLOTS))
+        sizes = torch.tensor([2 * slot.l + 1 for slot in SLOTS])
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.register_buffer("slot_of_orbital", slot_of_each(sizes.tolist()), persistent=False)
         _register_labels(self, present, shift, scale)
 
     def forward(
@@ -139,14 +145,18 @@ class InvariantChargeHead(nn.Module):
         raw, weights = self.scalars(features.hidden[0]).split([self.n_orbitals, len(SLOTS)], -1)
         charges = raw * self.get_buffer("scale")[elements] + self.get_buffer("shift")[elements]
         present = self.get_buffer("present")[elements]
-        sizes = torch.tensor([2 * slot.l + 1 for slot in SLOTS], device=raw.device)
-        everywhere = present.repeat_interleave(sizes, 1)
-        slot_of_orbital = torch.arange(len(SLOTS), device=raw.device).repeat_interleave(sizes)
+        slot_of_orbital = self.get_buffer("slot_of_orbital")
+        everywhere = present[:, slot_of_orbital]
         shells = charges.new_zeros(present.shape).index_add(
             1, slot_of_orbital, torch.where(everywhere, charges, 0.0)
         )
-        missing = _distribute(shells, weights, present, graph) / sizes
+        missing = _distribute(shells, weights, present, graph) / self.get_buffer("sizes")
         return torch.where(everywhere, charges + missing[:, slot_of_orbital], torch.nan)
+
+
+def slot_of_each(sizes: Sequence[int]) -> Int[Tensor, " n_components"]:
+    """Return the slot that each component belongs to, if a slot has so many of them."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
 
 
 def _register_labels(head: nn.Module, present: Tensor, shift: Tensor, scale: Tensor) -> None:

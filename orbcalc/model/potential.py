@@ -15,7 +15,12 @@ from orbcalc.errors import UnsupportedElementError
 from orbcalc.graph import AtomGraph, part_size
 from orbcalc.model.backbone import Backbone, NodeFeatures
 from orbcalc.model.derivatives import forces_and_stress
-from orbcalc.model.heads import EnergyHead, InvariantChargeHead, OrbitalBlockHead
+from orbcalc.model.heads import (
+    EnergyHead,
+    InvariantChargeHead,
+    OrbitalBlockHead,
+    slot_of_each,
+)
 from orbcalc.model.process import ProcessHead
 from orbcalc.orbitals import SLOTS, diagonal_basis, shell_slots
 
@@ -136,6 +141,8 @@ class Potential(nn.Module):
         self.register_buffer("told", told if statistics.told is None else statistics.told)
         diagonal = torch.as_tensor(diagonal_basis(), dtype=torch.float64)
         self.register_buffer("diagonal", diagonal, persistent=False)
+        orbitals = slot_of_each([2 * slot.l + 1 for slot in SLOTS])
+        self.register_buffer("slot_of_orbital", orbitals, persistent=False)
         self.to(dtype)
         if config.energy_head == "process":  # float64 always
             sizes = config.channels, config.layers
@@ -350,12 +357,12 @@ class Potential(nn.Module):
         }
 
     @property
-    def _size_of_references(self) -> float:
+    def _size_of_references(self) -> Float[Tensor, ""]:
         """RMS of the known reference energies, or of their differences from GFN1-xTB, eV."""
         above = self.config.xtb_head == "baseline"
         own = self.reference_energies - (self.xtb_reference_energies if above else 0.0)
-        known = own[self.told]
-        return max(float(known.square().mean().sqrt()) if len(known) else 0.0, self.energy_scale)
+        mean_square = (self.told * own.square()).sum() / self.told.sum().clamp_min(1)
+        return mean_square.sqrt().clamp_min(self.energy_scale)
 
     def _charges(
         self, nodes: NodeFeatures, elements: Int[Tensor, " n_atoms"], graph: AtomGraph
@@ -366,8 +373,9 @@ class Potential(nn.Module):
         if isinstance(self.charge_head, OrbitalBlockHead):
             blocks = output
             diagonal = self.get_buffer("diagonal").to(output.dtype)
-            present = _orbital_mask(self.charge_head.get_buffer("present")[elements])
-            output = torch.where(present, torch.nan_to_num(output) @ diagonal, torch.nan)
+            present = self.charge_head.get_buffer("present")[elements]
+            is_there = present[:, self.get_buffer("slot_of_orbital")]
+            output = torch.where(is_there, torch.nan_to_num(output) @ diagonal, torch.nan)
         unknown = torch.isnan(output).all(1)  # of an element that had no charge labels
         found = {
             "orbital_charges": output,
@@ -381,8 +389,3 @@ def _present_slots(elements: Sequence[int], shells: Shells) -> Bool[Tensor, "n_e
     for row, number in enumerate(elements):
         present[row, list(shell_slots(shells.get(number, ())))] = True
     return present
-
-
-def _orbital_mask(present: Bool[Tensor, "n n_slots"]) -> Bool[Tensor, "n 10"]:
-    sizes = torch.tensor([2 * slot.l + 1 for slot in SLOTS], device=present.device)
-    return present.repeat_interleave(sizes, 1)

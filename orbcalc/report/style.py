@@ -95,9 +95,13 @@ def set_log(axes: Axes, name: str, values: Sequence[float] | np.ndarray) -> None
     if not len(positive):
         return
     low, high = float(positive.min()) / 1.25, float(positive.max()) * 1.25
-    subs: tuple[float, ...] = (1, 2, 5) if high / low < 300 else (1,)
-    if high / low < 6:
-        subs = (1, 1.5, 2, 3, 4, 5, 6, 8)
+    choices: list[tuple[float, tuple[float, ...]]] = [
+        (6, (1, 1.5, 2, 3, 4, 5, 6, 8)),
+        (20, (1, 2, 3, 5)),
+        (300, (1, 2, 5)),
+        (np.inf, (1,)),
+    ]
+    subs = next(subs for most, subs in choices if high / low < most)
     (axes.set_xscale if name == "x" else axes.set_yscale)("log")
     (axes.set_xlim if name == "x" else axes.set_ylim)(low, high)
     axis = axes.xaxis if name == "x" else axes.yaxis

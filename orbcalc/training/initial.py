@@ -103,7 +103,7 @@ def initial_potential(
         )
     statistics = fit_statistics(train_set, config.potential, config.reference_energies)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of GPUs none is touched
         return Potential(config.potential, train_set.elements, train_set.shells, statistics, dtype)
 
 

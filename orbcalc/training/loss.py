@@ -164,7 +164,8 @@ def multitask_loss(
     weights = {task: getattr(tasks, task) for task in terms}
     loss = sum(weight * terms[task].double() for task, weight in weights.items())
     loss = torch.as_tensor(loss) / sum(weights.values())
-    return loss, {task: float(term.detach()) for task, term in terms.items()}
+    values = torch.stack([term.detach().double() for term in terms.values()] or [loss]).tolist()
+    return loss, dict(zip(terms, values, strict=False))
 
 
 class ErrorSums:

@@ -181,5 +181,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp_min(1.0)
     for _ in range(_ITERATIONS):
         gram = found @ found.mT
-        found = a * found + torch.baddbmm(b * gram, gram, gram, alpha=c) @ found
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        found = torch.baddbmm(found, factor, found, beta=a)
     return found.mT if is_tall else found

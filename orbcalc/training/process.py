@@ -45,7 +45,7 @@ _PLACES, _OF_RARE = 50_000, 20
 _KNOWN = 1e-4
 
 #: Width of the kernel, in units of the RMS distance of an atom from the mean in one layer. The
-#: likeliest one is no better: docs/data-efficiency.md has the measurements.
+#: likeliest one is no better: docs/data-efficiency-study.md has the measurements.
 _WIDTH = 2.8
 
 #: Variances of the noise, in units of that of the process.

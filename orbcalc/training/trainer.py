@@ -42,6 +42,10 @@ SAVE_EVERY_S = 30.0
 #: From this part of the steps on, `optimizer.late_energy` counts.
 LATE = 0.7
 
+#: Edges that are evaluated at once: few enough for the caches of a CPU. What a GPU takes for a
+#: step of such sizes is the number of operations.
+MAX_EDGES = {"cpu": 20_000, "cuda": 100_000}
+
 
 class Trainer:
     """Fit one potential to labelled structures.
@@ -115,6 +119,9 @@ class Trainer:
         options = config.optimizer
         self.steps = options.steps or max(STEPS, PASSES * one_pass)
         self.evaluate_every = options.evaluate_every or math.ceil(self.steps / 20)
+        usual = MAX_EDGES.get(self.device.type, MAX_EDGES["cpu"])
+        self.max_edges = options.max_edges or usual
+        self._orders: dict[int, tuple[int, list[int]]] = {}
 
     def fit(self, make_potential: Callable[[], Potential]) -> Potential:
         """Train, or go on training, to the last step or an early stop; then fit a process.
@@ -209,22 +216,29 @@ class Trainer:
             if not source or size == 0:
                 continue
             epoch, position = divmod(step, math.ceil(len(source) / size))
-            order = np.random.default_rng([self.seed, epoch, number]).permutation(source)
-            chosen += order[position * size : (position + 1) * size].tolist()
+            chosen += self._order(number, epoch)[position * size : (position + 1) * size]
         return chosen
+
+    def _order(self, number: int, epoch: int) -> list[int]:
+        """Return a source in the order of an epoch; the last is kept, as there are many steps."""
+        if self._orders.get(number, (None,))[0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch, number])
+            order = generator.permutation(self.sources[number][0]).tolist()
+            self._orders[number] = epoch, order
+        return self._orders[number][1]
 
     def parts(self, indices: Sequence[int]) -> list[list[int]]:
         """Divide the structures of a step into parts that are evaluated one after another.
 
         Structures with similar numbers of neighbours go together, so that little is padded, and
-        no part has more edges than `optimizer.max_edges`, unless it is a single structure.
+        no part has more edges than `max_edges`, unless it is a single structure.
         """
         slots = {i: self.train.graphs[i].mask.shape for i in indices}
         parts: list[list[int]] = []
         n_atoms = 0
         for i in sorted(indices, key=lambda i: (slots[i][1], i)):
             n_atoms += slots[i][0]
-            if not parts or n_atoms * slots[i][1] > self.config.optimizer.max_edges:
+            if not parts or n_atoms * slots[i][1] > self.max_edges:
                 parts.append([])
                 n_atoms = slots[i][0]
             parts[-1].append(i)

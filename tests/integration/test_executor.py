@@ -295,10 +295,22 @@ def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch, visib
 
 
 @pytest.mark.parametrize(
-    ("gpus", "asked", "expected"), [([], None, 1), (["0", "1", "2"], None, 3), (["0", "1"], 1, 1)]
+    ("gpus", "asked", "device", "members", "expected"),
+    [
+        ([], None, "auto", 1, [None]),
+        (["0", "1", "2"], None, "auto", 1, ["0", "1", "2"]),
+        (["0", "1"], 1, "cuda", 1, ["0"]),
+        (["0", "1"], None, "cuda:1", 4, [None]),  # the worker sees both, as "cuda:1" needs
+        (["0"], None, "cpu", 2, [None, None]),
+    ],
 )
 def test_each_gpu_has_a_model_worker(
-    monkeypatch: pytest.MonkeyPatch, gpus: list[str], asked: int | None, expected: int
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: list[str],
+    asked: int | None,
+    device: str,
+    members: int,
+    expected: list[str | None],
 ) -> None:
     started: dict[str, Any] = {}
 
@@ -311,9 +323,10 @@ def test_each_gpu_has_a_model_worker(
 
     monkeypatch.setattr(executor_module, "_gpu_names", lambda: gpus)
     monkeypatch.setattr(executor_module, "_LocalWorkers", cluster)
+    monkeypatch.setattr(executor_module.os, "sched_getaffinity", lambda _: set(range(8)))
+    config = DaskConfig(label_workers=1, model_workers=asked)
     with pytest.raises(NotStartedError):
-        executor_module._local_cluster(DaskConfig(label_workers=1, model_workers=asked), members=1)
+        executor_module._local_cluster(config, members, device)
     names = [name for name in started if name.startswith("model-")]
-    assert len(names) == expected
     seen = [started[name]["options"]["env"].get("CUDA_VISIBLE_DEVICES") for name in names]
-    assert seen == (gpus[:expected] or [None])
+    assert seen == expected

@@ -34,8 +34,10 @@ COMPARE = """
 import sys, ase.io
 import numpy as np
 from orbcalc.calculator import OrbcalcCalculator
-fast, slow = (OrbcalcCalculator(sys.argv[1], dtype="float64", compile=c) for c in (True, False))
-for atoms in ase.io.iread(sys.argv[2]):
+model, structures, device = sys.argv[1:]
+options = {"dtype": "float64", "device": device}
+fast, slow = (OrbcalcCalculator(model, compile=c, **options) for c in (True, False))
+for atoms in ase.io.iread(structures):
     for name in ("energy", "forces", *(["stress"] if atoms.pbc.all() else [])):
         for calculator in (fast, slow):
             calculator.calculate(atoms, [name])
@@ -46,7 +48,16 @@ assert fast.model.first.compiled_backbone is None
 """
 
 
-def test_a_compiled_potential_predicts_the_same(plain: Committee, tmp_path: Path) -> None:
+NEEDS_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_A_GPU)])
+def test_a_compiled_potential_predicts_the_same(
+    plain: Committee, tmp_path: Path, device: str
+) -> None:
     """For sizes that it was not compiled for, with and without a cell, along a trajectory."""
     walk = [structures.ethanol() for _ in range(3)]
     for seed, atoms in enumerate(walk):
@@ -55,7 +66,7 @@ def test_a_compiled_potential_predicts_the_same(plain: Committee, tmp_path: Path
     save_model(tmp_path / "a.orbcalc", plain)
     ase.io.write(tmp_path / "a.extxyz", [*walk, *others])
     files = [str(tmp_path / name) for name in ("a.orbcalc", "a.extxyz")]
-    subprocess.run([sys.executable, "-c", COMPARE, *files], check=True)
+    subprocess.run([sys.executable, "-c", COMPARE, *files, device], check=True)
 
 
 def test_without_a_compiler_it_is_used_as_it_is(

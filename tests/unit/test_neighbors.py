@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import structures
 import torch
+import vesin
 from ase import Atoms
 from ase.build import bulk
 from hypothesis import given, settings
@@ -45,6 +46,7 @@ def random_atoms(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n_atoms = draw(st.integers(1, 12))
     cell = np.diag(rng.uniform(2.0, 8.0, 3)) + np.tril(rng.uniform(-1.5, 1.5, (3, 3)), -1)
+    cell *= rng.choice([-1, 1], 3)[:, None]
     positions = rng.uniform(-1, 2, (n_atoms, 3)) @ cell
     pbc = draw(st.tuples(*[st.booleans()] * 3))
     return Atoms(f"H{n_atoms}", positions=positions, cell=cell, pbc=pbc)
@@ -344,6 +346,22 @@ def test_what_a_device_has_no_room_for_the_cpu_does(young_search, monkeypatch):
     for own, there in zip(expected, found, strict=True):
         assert there.device.type == "meta"
         assert own.shape == there.shape
+
+
+def test_vectors_may_point_against_the_axes(monkeypatch):
+    """Of a box along the axes a GPU counts images in lengths of its vectors, without signs."""
+
+    class Lengths(vesin.NeighborList):
+        def compute(self, points, box, **options):
+            i, j, shifts, distances = super().compute(points=points, box=box, **options)
+            return i, j, shifts * torch.sign(torch.diag(box)).int(), distances
+
+    monkeypatch.setattr(neighbors_module.vesin, "NeighborList", Lengths)
+    cell = np.diag([-9.0, 10.0, -11.0])
+    positions = np.random.default_rng(0).uniform(size=(60, 3)) @ cell
+    atoms = Atoms("H60", positions=positions, cell=cell, pbc=True)
+    found = neighbor_list(atoms, CUTOFF)
+    np.testing.assert_array_equal(edges(found, atoms), edges_of_ase(atoms, CUTOFF))
 
 
 @pytest.mark.parametrize("skin", [-0.1, np.nan, np.inf])
