@@ -107,6 +107,9 @@ def predict(
     PropertyNotImplementedError
         If there is no such property, or the model was not trained for it.
     """
+    for name, given in (("structures", structures), ("properties", properties)):
+        if isinstance(given, Atoms | str):
+            raise TypeError(f"predict takes a list of {name}, not a single one: give [...]")
     unknown = sorted(set(properties) - PREDICTED)
     if unknown:
         raise PropertyNotImplementedError(
@@ -239,8 +242,10 @@ def _batches(
     for index in sorted(range(len(structures)), key=lambda i: len(structures[i])):
         atoms = structures[index]
         try:
-            check_structure(atoms, f"structure {index}")
-            committee.first.check_elements(atoms.numbers.tolist())
+            name = f"structure {index}"
+            check_structure(atoms, name)
+            own = name if len(structures) > 1 else ""
+            committee.first.check_elements(atoms.numbers.tolist(), own)
         except StructureError:
             if on_error == "raise":
                 raise

@@ -48,7 +48,8 @@ REF_STRESS = "REF_stress"
 OWN_LABELS = (
     "Labels that files have under other names must be renamed: for `energy` and `forces` set "
     f"atoms.info['{REF_ENERGY}'] = atoms.get_potential_energy() and "
-    f"atoms.arrays['{REF_FORCES}'] = atoms.get_forces(), and write the structures again."
+    f"atoms.arrays['{REF_FORCES}'] = atoms.get_forces(apply_constraint=False), and write the "
+    "structures again."
 )
 
 #: Cheap labels (GFN1-xTB).

@@ -280,7 +280,7 @@ class _LocalWorkers(SpecCluster):
             self.scale(len(self.worker_spec))  # type: ignore[no-untyped-call]
 
 
-def _local_cluster(config: DaskConfig, members: int, device: str) -> SpecCluster:
+def _local_cluster(config: DaskConfig, members: int, device: str = "auto") -> SpecCluster:
     """Start label workers and model workers on this machine.
 
     A device of a name of its own ("cuda:1") is seen by all of the latter, one by default.

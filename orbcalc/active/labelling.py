@@ -8,6 +8,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,9 @@ def label_into_store(
 
     Raises
     ------
+    LabelConflictError
+        If the store holds labels of another method or settings, whether or not one is missing; of
+        another version of the program only if one is missing.
     LabelError
         If labels cannot be made: a wrong calculator, a full disk.
     """
@@ -170,6 +174,11 @@ def label_into_store(
         check_file_labels(structures, config)
         _refuse_contradictions(structures, config, store)
     groups = _missing(structures, kinds, config, store, retry_failed)
+    for kind in kinds:
+        asked, known = label_provenance(kind, config), store.provenance(kind)
+        if known is not None and not any(kind in needed for needed in groups):
+            asked = replace(asked, version=known.version)
+        store.refuse_other(kind, asked)
     n_missing, done = sum(len(group) for group in groups.values()), 0
     statuses: Counter[str] = Counter()
     for needed, group in groups.items():

@@ -10,7 +10,7 @@ import typer
 
 from orbcalc.cli.console import output
 from orbcalc.cli.progress import event_in_words
-from orbcalc.cli.tables import print_census, print_model
+from orbcalc.cli.tables import print_census, print_failures, print_model
 from orbcalc.errors import ConfigError
 
 __all__ = ["info", "report", "schema"]
@@ -30,6 +30,7 @@ def info(
         for kind in ("charges", "reference"):
             output.print(f"{kind}: {store.provenance(kind) or 'none'}")
         print_census(store.census())
+        print_failures(store.failures())
     else:
         print_model(path)
 

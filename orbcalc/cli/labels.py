@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from orbcalc.cli.console import Dask, check_output, console, output
 from orbcalc.cli.progress import label_bar
-from orbcalc.cli.tables import print_census
+from orbcalc.cli.tables import print_census, print_failures
 from orbcalc.errors import ConfigError
 
 __all__ = ["label"]
@@ -52,7 +51,7 @@ def label(
     from orbcalc.labels.label import Kind
     from orbcalc.labels.reference import look_over
     from orbcalc.labels.store import LabelStore, read_sources
-    from orbcalc.structures import unique_structures
+    from orbcalc.structures import structure_key
 
     if reference == "none" and not charges:
         raise ConfigError("nothing to label: --reference none and --no-charges")
@@ -75,7 +74,9 @@ def label(
     kinds = tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
     atoms_list = read_sources(structures)
     config = look_over(atoms_list, config)
-    labels = LabelStore(store or out.with_suffix(".db"))
+    path = store or out.with_suffix(".db")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = LabelStore(path)
     with (
         open_executor(DaskConfig(address=dask, model_workers=1)) as executor,
         label_bar() as progress,
@@ -89,18 +90,16 @@ def label(
             retry_failed=retry_failed,
             progress=progress,
         )
-    unique = unique_structures(atoms_list)
-    stored = zip(unique.values(), labels.labelled_atoms([*unique]), strict=True)
+    keys = [structure_key(atoms) for atoms in atoms_list]
+    stored = zip(atoms_list, labels.labelled_atoms(keys), strict=True)
     done = [relabelled(atoms, with_labels, kinds) for atoms, with_labels in stored]
     write_structures(out, done)
     print_census(labels.census())
-    failed = sum(labels.status(key, kind) != "ok" for key in unique for kind in kinds)
-    output.print(f"{len(unique)} structures -> {out} (labels kept in {labels.path})")
-    if failed:
-        failures = Text(f"{failed} labels failed, now or before", "yellow")
-        console.print(
-            failures + f": see {labels.path}; never trained on, and tried again with --retry-failed"
-        )
+    output.print(f"{len(done)} structures -> {out} (labels kept in {labels.path})")
+    failures = labels.failures(keys)
+    print_failures(failures)
+    if failures:
+        console.print("They are never trained on, and tried again with --retry-failed.")
 
 
 def _json(text: str) -> dict[str, Any]:

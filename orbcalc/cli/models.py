@@ -61,8 +61,8 @@ def evaluate(
         check_output(out)
     committee, metadata = open_model(model, device=device)
     labelled = read_labelled(tuple(structures))
-    for atoms in labelled:
-        committee.first.check_elements(atoms.numbers.tolist())
+    for number, atoms in enumerate(labelled):
+        committee.first.check_elements(atoms.numbers.tolist(), f"structure {number} of all files")
     if (worker := baseline_worker(committee, metadata)) is not None:
         with closing(worker):
             worker.label(labelled)

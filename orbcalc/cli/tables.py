@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from orbcalc.cli.console import output
+from orbcalc.cli.console import console, output
 
-__all__ = ["print_census", "print_errors", "print_model"]
+__all__ = ["print_census", "print_errors", "print_failures", "print_model"]
+
+#: Reasons of failures that are printed.
+_REASONS = 5
 
 _UNITS = {
     "energy": ("meV/atom", 1e3),
@@ -47,6 +52,17 @@ def print_census(census: Mapping[Any, Mapping[str, float]]) -> None:
             for status, count in counts.items()
         )
         output.print(f"{kind}: {words or 'none'}")
+
+
+def print_failures(failures: Counter[str]) -> None:
+    """Print how many labels failed, now or before, and the most frequent reasons."""
+    if not failures:
+        return
+    console.print(Text(f"{failures.total()} labels failed, now or before:", "yellow"))
+    for reason, count in failures.most_common(_REASONS):
+        console.print(Text(f"  {count} x {reason}"))
+    if len(failures) > _REASONS:
+        console.print(f"  and {len(failures) - _REASONS} other reasons")
 
 
 def print_model(path: Path) -> None:

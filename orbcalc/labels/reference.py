@@ -23,6 +23,7 @@ from orbcalc.errors import ConfigError, LabelConflictError, LabelError, MissingL
 from orbcalc.labels.label import Label, Provenance, Values, attempt
 from orbcalc.labels.xtb import XTBSettings, xtb_provenance, xtb_values
 from orbcalc.properties import (
+    CHARGE_KEY,
     OWN_LABELS,
     REF_ENERGY,
     REF_FORCES,
@@ -44,6 +45,7 @@ __all__ = [
     "refuse_unlike_copies",
     "wanted_quantities",
     "warn_of_electrons",
+    "warn_of_initial_values",
     "warn_of_small_cells",
 ]
 
@@ -308,6 +310,7 @@ def look_over(structures: Sequence[Atoms], config: LabelConfig) -> LabelConfig:
         See `file_method`.
     """
     warn_of_electrons(structures, config.reference)
+    warn_of_initial_values(structures)
     warn_of_small_cells(structures, config)
     return file_method(structures, config)
 
@@ -325,6 +328,34 @@ def warn_of_electrons(structures: Iterable[Atoms], reference: ReferenceConfig) -
                 reference.calculator,
             )
             return
+
+
+def warn_of_initial_values(structures: Iterable[Atoms]) -> None:
+    """Tell that charge and spin are not read from ASE's initial charges and magnetic moments."""
+
+    def is_other(atoms: Atoms) -> bool:
+        charge, multiplicity = charge_and_multiplicity(atoms)
+        charges, moments = atoms.get_initial_charges(), atoms.get_initial_magnetic_moments()
+        is_charge = CHARGE_KEY not in atoms.info and abs(charges.sum() - charge) > 0.5
+        # Of a crystal no multiplicity is assumed, and moments of three components have none.
+        is_told = SPIN_KEY in atoms.info or moments.ndim > 1 or atoms.pbc.any()
+        is_spin = not is_told and abs(abs(moments.sum()) - (multiplicity - 1)) > 0.5
+        return bool(is_charge or (is_spin and moments.any()))
+
+    others = [atoms for atoms in structures if is_other(atoms)]
+    if others:
+        charge, multiplicity = charge_and_multiplicity(others[0])
+        logger.warning(
+            "%d structures, %s the first, have initial charges or magnetic moments of another "
+            "state than is computed (of the first: charge %d, multiplicity %d). They are not read: "
+            "set atoms.info['%s'] and atoms.info['%s']",
+            len(others),
+            others[0].get_chemical_formula(),
+            charge,
+            multiplicity,
+            CHARGE_KEY,
+            SPIN_KEY,
+        )
 
 
 def warn_of_small_cells(structures: Iterable[Atoms], config: LabelConfig) -> None:

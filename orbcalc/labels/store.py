@@ -11,6 +11,7 @@ after a killed writer, sees all of it or nothing.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,14 +191,9 @@ class LabelStore:
 
     def _fix_provenance(self, label: Label) -> None:
         """Let the first label of a kind decide where labels of that kind come from."""
-        fixed = self.provenance(label.kind)
-        if fixed is None:
+        self.refuse_other(label.kind, label.provenance)
+        if self.provenance(label.kind) is None:
             self._metadata["provenance"][label.kind] = label.provenance.to_dict()
-        elif fixed != label.provenance:
-            raise LabelConflictError(
-                f"label store '{self.path}' holds {label.kind} labels of {fixed}; this label is "
-                f"of {label.provenance}. Their labels differ: open a new store."
-            )
 
     def _write(
         self, database: Any, atoms: Atoms, key: str, labels: list[Label], known: _Row | None
@@ -301,6 +297,39 @@ class LabelStore:
         """Return where the labels of a kind come from; None if there are none."""
         data = self._metadata["provenance"].get(kind)
         return Provenance.from_dict(data) if data else None
+
+    def refuse_other(self, kind: Kind, provenance: Provenance) -> None:
+        """Refuse labels of a kind that come from elsewhere than those that are here.
+
+        Raises
+        ------
+        LabelConflictError
+            If method, program, version or settings differ.
+        """
+        fixed = self.provenance(kind)
+        if fixed not in (None, provenance):
+            raise LabelConflictError(
+                f"label store '{self.path}' holds {kind} labels of {fixed}, and those asked for "
+                f"are of {provenance}. Labels of both would differ: open a new store."
+            )
+
+    def failures(self, keys: Iterable[str] | None = None) -> Counter[str]:
+        """Count why labels failed, in words; of all structures, or of those of some keys.
+
+        Parameters
+        ----------
+        keys
+            Of structures, in the store or not.
+        """
+        found: Counter[str] = Counter()
+        with reading(self.path) as database:
+            for key in self._rows if keys is None else self._rows.keys() & set(keys):
+                states = self._rows[key].states.items()
+                failed = {kind: s.status for kind, s in states if s.status != LabelStatus.ok}
+                if failed:
+                    data = database.get(id=self._rows[key].id).data
+                    found.update(f"{k}, {s}: {data[k]['message']}" for k, s in failed.items())
+        return found
 
     def shells(self) -> dict[int, tuple[int, ...]]:
         """Return the angular momenta of the GFN1 shells of each element with an ok label."""

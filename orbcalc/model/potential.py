@@ -288,8 +288,15 @@ class Potential(nn.Module):
             return Prediction(energy.detach(), **{k: v.detach() for k, v in found.items()})
         return Prediction(energy, **found)
 
-    def check_elements(self, numbers: Iterable[int]) -> None:
+    def check_elements(self, numbers: Iterable[int], name: str = "") -> None:
         """Refuse atomic numbers that the potential does not cover.
+
+        Parameters
+        ----------
+        numbers
+            Of the atoms of a structure.
+        name
+            What to call the structure in the error.
 
         Raises
         ------
@@ -299,10 +306,10 @@ class Potential(nn.Module):
         covered = set(self.elements)
         for index, number in enumerate(numbers):
             if int(number) not in covered:
-                symbol = chemical_symbols[int(number)]
+                symbol, place = chemical_symbols[int(number)], f"{name}: " if name else ""
                 known = " ".join(chemical_symbols[z] for z in self.elements)
                 raise UnsupportedElementError(
-                    f"atom {index} is {symbol}, but this potential covers {known}. "
+                    f"{place}atom {index} is {symbol}, but this potential covers {known}. "
                     f"Use a potential that was trained on {symbol}."
                 )
 

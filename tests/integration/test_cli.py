@@ -188,11 +188,12 @@ def test_label_writes_what_training_reads(cli: Cli, client: Client, here: Path) 
     path = write_pool(here / "x.xyz", waters(5))
     found = label(cli, client, path, path, "-o", here / "out.extxyz")
     assert found.code == 0, found.err
-    assert f"5 structures -> {here / 'out.extxyz'} (labels kept in {here / 'out.db'})" in found.out
+    assert f"10 structures -> {here / 'out.extxyz'} (labels kept in {here / 'out.db'})" in found.out
     assert re.search(r"^reference: \d+\.\d s, 5 ok|^reference: 5 ok", found.out, re.MULTILINE)
     labelled = ase.io.read(here / "out.extxyz", ":")
-    assert len(labelled) == 5
     assert all(REF_ENERGY in a.info and XTB_BLOCKS in a.arrays for a in labelled)
+    given = [*read_structures(path), *read_structures(path)]  # copies stay, in their order
+    assert [structure_key(a) for a in labelled] == [structure_key(a) for a in given]
 
 
 def test_label_keeps_what_files_say_of_structures(cli: Cli, client: Client, here: Path) -> None:
@@ -233,12 +234,30 @@ def test_label_computes_only_what_its_store_lacks(cli: Cli, client: Client, here
 
 
 def test_label_computes_what_a_stored_label_lacks(cli: Cli, client: Client, here: Path) -> None:
-    path = write_pool(here / "x.xyz", waters(2))
-    label(cli, client, path, "-o", "f.extxyz", "--no-charges", "--no-forces")
-    assert "REF_forces" not in ase.io.read("f.extxyz").arrays
-    found = label(cli, client, path, "-o", "f.extxyz", "--no-charges")
+    path, out = write_pool(here / "x.xyz", waters(2)), "new/folder/f.extxyz"
+    label(cli, client, path, "-o", out, "--no-charges", "--no-forces")
+    assert "REF_forces" not in ase.io.read(out).arrays
+    found = label(cli, client, path, "-o", out, "--no-charges")
     assert found.code == 0, found.err
-    assert all("REF_forces" in atoms.arrays for atoms in ase.io.read("f.extxyz", ":"))
+    assert all("REF_forces" in atoms.arrays for atoms in ase.io.read(out, ":"))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_label_refuses_a_store_of_another_method(
+    cli: Cli, client: Client, here: Path, more: int
+) -> None:
+    """Before anything is computed, and also where nothing is missing."""
+    structures = waters(3)
+    path = write_pool(here / "x.extxyz", structures[: 3 - more])
+    label(cli, client, path, "-o", "f.extxyz", "--no-charges")
+    before = Path("f.extxyz").read_bytes()
+    path = write_pool(here / "x.extxyz", structures)
+    options = ("--no-charges", "--reference", "ase.calculators.emt:EMT")
+    found = label(cli, client, path, "-o", "f.extxyz", *options)
+    assert found.code == 1
+    assert "holds reference labels of GFN2-xTB" in found.err
+    assert len(LabelStore("f.db").keys()) == 3 - more
+    assert Path("f.extxyz").read_bytes() == before
 
 
 def test_label_refuses_another_label_of_a_file(cli: Cli, client: Client, here: Path) -> None:
@@ -313,10 +332,11 @@ def test_what_a_calculator_cannot_do_is_recorded_and_told(
     calculator = "small_runs:FussyCalculator"
     found = label(cli, client, path, "--reference", calculator, "--no-charges", "-o", "o.extxyz")
     assert found.code == 0
-    assert (
-        "2 labels failed, now or before: see o.db; never trained on, and tried again with "
-        "--retry-failed" in found.err
-    )
+    assert "2 labels failed, now or before:" in found.err
+    assert "tried again with --retry-failed" in found.err
+    assert "no convergence [in 3 cycles] /tmp/log" in found.err
+    told = cli("info", "o.db")
+    assert "  1 x reference, failed: not finite: energy" in told.err
     labelled = ase.io.read("o.extxyz", ":")
     assert [REF_ENERGY in atoms.info for atoms in labelled] == [False, False, True, True]
     store = LabelStore("o.db")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import structures
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
@@ -27,6 +27,7 @@ from orbcalc.labels.reference import (
     file_method,
     reference_provenance,
     warn_of_electrons,
+    warn_of_initial_values,
     warn_of_small_cells,
 )
 from orbcalc.labels.xtb import XTBSettings, xtb_values
@@ -137,6 +138,24 @@ def test_a_warning_tells_that_calculators_may_not_read_charges(caplog):
     assert not caplog.text
     warn_of_electrons([structures.water(), charged], ReferenceConfig(calculator="a:B"))
     assert "H2O has a charge or a spin in atoms.info" in caplog.text
+
+
+def test_a_warning_tells_of_initial_values_that_are_not_read(caplog):
+    caplog.set_level("WARNING")
+    oxygen, methane, iron = molecule("O2"), molecule("CH4"), bulk("Fe", cubic=True)
+    told, anion = oxygen.copy(), molecule("OH")
+    told.info["spin"] = 3
+    iron.set_initial_magnetic_moments([2.2, 2.2])
+    methane.set_initial_charges([-0.4, 0.1, 0.1, 0.1, 0.1])
+    warn_of_initial_values([told, anion, iron, methane])  # OH has one electron too many anyway
+    assert not caplog.text
+    ion = methane.copy()
+    ion.set_initial_charges([1.0, 0.0, 0.0, 0.0, 0.0])
+    for atoms, state in ((oxygen, "charge 0, multiplicity 1"), (ion, "charge 0, multiplicity 1")):
+        caplog.clear()
+        warn_of_initial_values([methane, atoms, atoms])
+        assert f"2 structures, {atoms.get_chemical_formula()} the first" in caplog.text
+        assert state in caplog.text
 
 
 def test_a_warning_tells_of_cells_that_need_k_points(caplog):
