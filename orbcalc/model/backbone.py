@@ -13,7 +13,8 @@ itself (`AtomUpdate`), so the many-body order costs nothing per edge. The pictur
 elements); the many channels of `A` are made per atom. `A1`, `A2`, `A3` are `A` with other weights.
 
 All features vanish for an atom without neighbours, except the embedding of its element and of
-the total charge and spin.
+charge and spin. The latter are taken per atom of the structure, so that n copies with n times the
+charge have n times the energy, and one charge does not change each of many atoms as it does few.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ BODY_ORDER = 4
 
 #: Of the neighbours of the first layer.
 ELEMENT_CHANNELS = 8
+
+#: Charge and spin per this many atoms are what the network reads: numbers near one.
+ELECTRON_ATOMS = 10
 
 
 @dataclass(frozen=True)
@@ -291,8 +295,9 @@ class Backbone(nn.Module):
             self.edge_basis(own, part.mask)
             for own, part in zip(vectors.split(sizes), parts, strict=True)
         ]
-        electrons = torch.stack([graph.charge, graph.unpaired], -1).to(vectors.dtype)
-        embedding = self.electrons(electrons)[graph.structure_index]
+        electrons = torch.stack([graph.charge, graph.unpaired], -1)
+        electrons = electrons * (ELECTRON_ATOMS / graph.n_atoms_of_structure[:, None])
+        embedding = self.electrons(electrons.to(vectors.dtype))[graph.structure_index]
         hidden = (self.elements(elements) + embedding)[None]
         shown = self.kinds(elements)[None]
         updates = []

@@ -286,6 +286,27 @@ def test_absent_shells_are_nan(make_potential, kind):
     assert found.charges.isfinite().all()
 
 
+@pytest.mark.parametrize("make", [structures.water, structures.ice_cell])
+def test_charge_and_spin_are_extensive(potential, make):
+    """Copies far apart, and of a cell, with as much charge and unpaired electrons each."""
+    one = make()
+    one.info.update(charge=1, spin=2)
+    two = one.repeat((2, 1, 1)) if one.pbc.any() else one + one
+    two.info.update(charge=2, spin=3)
+    if not one.pbc.any():
+        two.positions[len(one) :] += 100.0
+    neutral = make()
+    first, both, bare = (
+        potential(graph_of(atoms), ("forces", "charges")) for atoms in (one, two, neutral)
+    )
+    assert abs(float(first.energy - bare.energy)) > 1e-3
+    torch.testing.assert_close(both.energy, 2 * first.energy, rtol=1e-12, atol=0)
+    for name in ("forces", "charges"):
+        found, expected = getattr(both, name), getattr(first, name)
+        if expected is not None:
+            torch.testing.assert_close(found, expected.repeat(2, *[1] * (expected.ndim - 1)))
+
+
 def test_a_potential_without_charge_labels_has_no_charge_head(make_potential):
     made = make_potential("equivariant")
     from orbcalc.model.potential import Statistics
