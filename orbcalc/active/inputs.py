@@ -11,8 +11,8 @@ from orbcalc.active.modelling import check_features
 from orbcalc.config import RunConfig
 from orbcalc.errors import ConfigError
 from orbcalc.files import fingerprints, write_json
-from orbcalc.labels.reference import check_file_labels, look_over, refuse_unlike_copies
-from orbcalc.labels.store import read_sources
+from orbcalc.labels.reference import check_file_labels, refuse_unlike_copies
+from orbcalc.labels.sources import look_over, read_sources
 from orbcalc.structures import has_volume
 
 __all__ = ["Inputs", "check_inputs", "read_inputs"]

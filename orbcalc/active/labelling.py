@@ -24,10 +24,10 @@ from orbcalc.labels.process import WorkerProcess, label_structures
 from orbcalc.labels.reference import (
     check_file_labels,
     contradiction,
-    look_over,
     refuse_unlike_copies,
     wanted_quantities,
 )
+from orbcalc.labels.sources import look_over
 from orbcalc.labels.store import FILE_KEYS, LABEL_KEYS, METHOD_KEYS, LabelStore
 from orbcalc.structures import check_structure, structure_key, unique_structures
 

@@ -27,7 +27,7 @@ def check(config_file: ConfigFile) -> None:
 def _check_run(config: RunConfig) -> None:
     from orbcalc.active.inputs import Inputs, check_inputs
     from orbcalc.labels.process import WorkerProcess, label_structure
-    from orbcalc.labels.store import read_sources
+    from orbcalc.labels.sources import read_sources
     from orbcalc.structures import unique_structures
 
     source = config.pool

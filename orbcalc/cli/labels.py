@@ -49,8 +49,8 @@ def label(
     from orbcalc.active.labelling import label_into_store, relabelled
     from orbcalc.config import DaskConfig, LabelConfig, parse_config
     from orbcalc.labels.label import Kind
-    from orbcalc.labels.reference import look_over
-    from orbcalc.labels.store import LabelStore, read_sources
+    from orbcalc.labels.sources import look_over, read_sources
+    from orbcalc.labels.store import LabelStore
     from orbcalc.structures import structure_key
 
     if reference == "none" and not charges:

@@ -16,37 +16,28 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
-from ase.geometry import minkowski_reduce
 
 from orbcalc.config import LabelConfig, ReferenceConfig
 from orbcalc.errors import ConfigError, LabelConflictError, LabelError, MissingLabelError
 from orbcalc.labels.label import Label, Provenance, Values, attempt
 from orbcalc.labels.xtb import XTBSettings, xtb_provenance, xtb_values
 from orbcalc.properties import (
-    CHARGE_KEY,
     OWN_LABELS,
     REF_ENERGY,
     REF_FORCES,
-    REF_METHOD,
     REF_STRESS,
-    SPIN_KEY,
 )
-from orbcalc.structures import charge_and_multiplicity, structure_key
+from orbcalc.structures import structure_key
 
 __all__ = [
     "ReferenceLabeler",
     "carries",
     "check_file_labels",
     "contradiction",
-    "file_method",
     "file_value",
-    "look_over",
     "reference_provenance",
     "refuse_unlike_copies",
     "wanted_quantities",
-    "warn_of_electrons",
-    "warn_of_initial_values",
-    "warn_of_small_cells",
 ]
 
 logger = logging.getLogger(__name__)
@@ -56,9 +47,6 @@ GFN2 = "GFN2-xTB"
 
 #: eV, eV/Å, eV/Å³; labels that differ by less are the same: files are rounded.
 LABEL_RESOLUTION = 1e-5
-
-#: Å; crystals of a shorter period need more k-points than the one that tblite has.
-SMALL_CELL = 10.0
 
 
 class ReferenceLabeler:
@@ -299,105 +287,6 @@ def refuse_unlike_copies(structures: Iterable[Atoms], config: LabelConfig) -> di
                     f"Leave one of them out."
                 )
     return unique
-
-
-def look_over(structures: Sequence[Atoms], config: LabelConfig) -> LabelConfig:
-    """Warn of what labels would not mean; returns the configuration with the method of files.
-
-    Raises
-    ------
-    LabelConflictError
-        See `file_method`.
-    """
-    warn_of_electrons(structures, config.reference)
-    warn_of_initial_values(structures)
-    warn_of_small_cells(structures, config)
-    return file_method(structures, config)
-
-
-def warn_of_electrons(structures: Iterable[Atoms], reference: ReferenceConfig) -> None:
-    """Tell that a calculator of the user's may not read a charge or a spin of ``atoms.info``."""
-    if ":" not in reference.calculator:
-        return
-    for atoms in structures:
-        if charge_and_multiplicity(atoms)[0] != 0 or SPIN_KEY in atoms.info:
-            logger.warning(
-                "%s has a charge or a spin in atoms.info: GFN1-xTB and the potential read it, "
-                "and %s must, too, or its labels are those of another state",
-                atoms.get_chemical_formula(),
-                reference.calculator,
-            )
-            return
-
-
-def warn_of_initial_values(structures: Iterable[Atoms]) -> None:
-    """Tell that charge and spin are not read from ASE's initial charges and magnetic moments."""
-
-    def is_other(atoms: Atoms) -> bool:
-        charge, multiplicity = charge_and_multiplicity(atoms)
-        charges, moments = atoms.get_initial_charges(), atoms.get_initial_magnetic_moments()
-        is_charge = CHARGE_KEY not in atoms.info and abs(charges.sum() - charge) > 0.5
-        # Of a crystal no multiplicity is assumed, and moments of three components have none.
-        is_told = SPIN_KEY in atoms.info or moments.ndim > 1 or atoms.pbc.any()
-        is_spin = not is_told and abs(abs(moments.sum()) - (multiplicity - 1)) > 0.5
-        return bool(is_charge or (is_spin and moments.any()))
-
-    others = [atoms for atoms in structures if is_other(atoms)]
-    if others:
-        charge, multiplicity = charge_and_multiplicity(others[0])
-        logger.warning(
-            "%d structures, %s the first, have initial charges or magnetic moments of another "
-            "state than is computed (of the first: charge %d, multiplicity %d). They are not read: "
-            "set atoms.info['%s'] and atoms.info['%s']",
-            len(others),
-            others[0].get_chemical_formula(),
-            charge,
-            multiplicity,
-            CHARGE_KEY,
-            SPIN_KEY,
-        )
-
-
-def warn_of_small_cells(structures: Iterable[Atoms], config: LabelConfig) -> None:
-    """Tell that the GFN methods, if used, see a crystal at the Gamma point alone."""
-    if not config.charges and config.reference.calculator != GFN2:
-        return
-
-    def period(atoms: Atoms) -> float:
-        return float(np.linalg.norm(minkowski_reduce(atoms.cell.array)[0], axis=1).min())
-
-    small = [atoms for atoms in structures if atoms.pbc.all() and period(atoms) < SMALL_CELL]
-    if small:
-        logger.warning(
-            "%d structures, %s the first, have cells that are shorter than %g Å: GFN1-xTB and "
-            "GFN2-xTB are computed at the Gamma point alone, and are wrong there. Give supercells",
-            len(small),
-            small[0].get_chemical_formula(),
-            SMALL_CELL,
-        )
-
-
-def file_method(structures: Iterable[Atoms], config: LabelConfig) -> LabelConfig:
-    """Let labels that are taken from files keep the name of their method, if all have one.
-
-    Raises
-    ------
-    LabelConflictError
-        If they are of different methods.
-    """
-    if config.reference.calculator != "file":
-        return config
-    methods = {str(atoms.info.get(REF_METHOD, "")) for atoms in structures}
-    if len(methods - {""}) > 1:
-        raise LabelConflictError(
-            f"the reference is 'file', but its labels are of different methods: "
-            f"{'; '.join(sorted(methods - {''}))}. Take those of one of them."
-        )
-    method = methods.pop() if len(methods) == 1 else ""
-    if not method or config.reference.version is not None:
-        return config
-    reference = config.reference.model_copy(update={"version": method})
-    return config.model_copy(update={"reference": reference})
 
 
 def _xtb_settings(reference: ReferenceConfig) -> XTBSettings:

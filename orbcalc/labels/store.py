@@ -42,15 +42,13 @@ from orbcalc.properties import (
     XTB_METHOD,
     XTB_SHELLS,
 )
-from orbcalc.structures import read_structures, structure_key
+from orbcalc.structures import structure_key
 
 __all__ = [
     "LABEL_KEYS",
     "STRUCTURE_KEY",
     "SUFFIXES",
     "LabelStore",
-    "is_label_store",
-    "read_sources",
 ]
 
 #: Key of ``atoms.info``, and of the database, with the name of a structure.
@@ -406,39 +404,6 @@ class LabelStore:
                 for row_id, pairs in key_value_pairs(database)
             }
         self._metadata = metadata
-
-
-def is_label_store(path: str | Path) -> bool:
-    """Tell whether a path is an existing label store, rather than another file of structures."""
-    path = Path(path)
-    if path.suffix not in SUFFIXES or not path.is_file():
-        return False
-    try:
-        with reading(path) as database:
-            return METADATA in database.metadata
-    except LabelError:
-        return False
-
-
-def read_sources(paths: Iterable[str | Path]) -> list[Atoms]:
-    """Read the structures of files and label stores, with the labels, charge and spin they have.
-
-    Raises
-    ------
-    StructureError
-        If a file cannot be read, or a structure cannot be computed.
-    LabelError
-        If a label store cannot be read.
-    """
-    return [
-        atoms
-        for path in paths
-        for atoms in (
-            LabelStore(path, create=False).labelled_atoms()
-            if is_label_store(path)
-            else read_structures(path)
-        )
-    ]
 
 
 def _row(row_id: int, pairs: dict[str, Any]) -> _Row:

@@ -31,7 +31,7 @@ from orbcalc.files import (
     write_json,
 )
 from orbcalc.labels.reference import contradiction
-from orbcalc.labels.store import read_sources
+from orbcalc.labels.sources import read_sources
 from orbcalc.model.checkpoint import load_model, save_model
 from orbcalc.model.committee import Committee
 from orbcalc.properties import (

@@ -15,6 +15,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
+from ase.io import write
 
 from orbcalc.config import LabelConfig, ReferenceConfig
 from orbcalc.errors import ConfigError, LabelConflictError, LabelError, MissingLabelError
@@ -24,8 +25,11 @@ from orbcalc.labels.label import LabelStatus, Provenance
 from orbcalc.labels.reference import (
     ReferenceLabeler,
     check_file_labels,
-    file_method,
     reference_provenance,
+)
+from orbcalc.labels.sources import (
+    file_method,
+    read_sources,
     warn_of_electrons,
     warn_of_initial_values,
     warn_of_small_cells,
@@ -138,6 +142,23 @@ def test_a_warning_tells_that_calculators_may_not_read_charges(caplog):
     assert not caplog.text
     warn_of_electrons([structures.water(), charged], ReferenceConfig(calculator="a:B"))
     assert "H2O has a charge or a spin in atoms.info" in caplog.text
+
+
+def test_a_warning_tells_of_forces_that_constraints_have_set_to_zero(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    slab = bulk("Cu", cubic=True) * (2, 1, 1)
+    slab.rattle(0.1, seed=0)
+    slab.set_constraint(FixAtoms([0, 3]))
+    slab.calc = EMT()
+    for apply_constraint in (False, True):
+        found = slab.copy()
+        found.arrays[REF_FORCES] = slab.get_forces(apply_constraint=apply_constraint)
+        write(tmp_path / "a.extxyz", [found, structures.water()])
+        caplog.clear()
+        read_sources([tmp_path / "a.extxyz"])
+        assert ("1 structures, Cu8 the first, have REF_forces of exactly" in caplog.text) == (
+            apply_constraint
+        )
 
 
 def test_a_warning_tells_of_initial_values_that_are_not_read(caplog):

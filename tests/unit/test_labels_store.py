@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from orbcalc.errors import LabelConflictError, LabelError, MissingLabelError
 from orbcalc.labels.label import KINDS, Label, LabelStatus, Provenance
-from orbcalc.labels.store import LabelStore, is_label_store
+from orbcalc.labels.sources import is_label_store
+from orbcalc.labels.store import LabelStore
 from orbcalc.labels.xtb import OrbitalChargeLabeler
 from orbcalc.orbitals import atomic_charges
 from orbcalc.properties import (
