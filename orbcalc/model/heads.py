@@ -83,8 +83,8 @@ class OrbitalBlockHead(nn.Module):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(channels))
         coupling = o3.wigner_3j(2, 2, 4, dtype=torch.float64) * 3 / math.sqrt(channels)
         self.register_buffer("coupling", coupling, persistent=False)
-        roots = torch.tensor([math.sqrt(2 * slot.l + 1) for slot in SLOTS])
-        self.register_buffer("roots", roots.double(), persistent=False)
+        degrees = torch.tensor([slot.l for slot in SLOTS], dtype=torch.float64)
+        self.register_buffer("roots", (2 * degrees + 1).sqrt(), persistent=False)
         columns = torch.tensor([slot.columns.start for slot in SLOTS])
         self.register_buffer("scalar_of_slot", columns, persistent=False)
         sizes = [(2 * slot.l + 1) * (slot.l + 1) for slot in SLOTS]
