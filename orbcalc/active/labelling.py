@@ -164,8 +164,8 @@ def label_into_store(
     Raises
     ------
     LabelConflictError
-        If the store holds labels of another method or settings, whether or not one is missing; of
-        another version of the program only if one is missing.
+        If the store holds labels of another method, program or settings, whether or not one is
+        missing; of another version only when the first new one comes.
     LabelError
         If labels cannot be made: a wrong calculator, a full disk.
     """
@@ -173,12 +173,9 @@ def label_into_store(
     if "reference" in kinds and config.reference.calculator == "file":
         check_file_labels(structures, config)
         _refuse_contradictions(structures, config, store)
-    groups = _missing(structures, kinds, config, store, retry_failed)
     for kind in kinds:
-        asked, known = label_provenance(kind, config), store.provenance(kind)
-        if known is not None and not any(kind in needed for needed in groups):
-            asked = replace(asked, version=known.version)
-        store.refuse_other(kind, asked)
+        _refuse_other_method(kind, config, store)
+    groups = _missing(structures, kinds, config, store, retry_failed)
     n_missing, done = sum(len(group) for group in groups.values()), 0
     statuses: Counter[str] = Counter()
     for needed, group in groups.items():
@@ -251,6 +248,18 @@ def _is_missing(
     if status != LabelStatus.ok:
         return status is None or retry_failed
     return kind != "charges" and not store.has(key, kind, wanted_quantities(atoms, config))
+
+
+def _refuse_other_method(kind: Kind, config: LabelConfig, store: LabelStore) -> None:
+    """Refuse a store whose labels are not those asked for, before any is computed or taken."""
+    known = store.provenance(kind)
+    if known is None:
+        return
+    try:
+        asked = label_provenance(kind, config)
+    except LabelError:  # the program is there on the workers only, and so its version in any case
+        return
+    store.refuse_other(kind, replace(asked, version=known.version))
 
 
 def _refuse_contradictions(
